@@ -1,0 +1,394 @@
+"""Run configuration: the dataclasses that mirror a file in configs/, and its loader."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+X = TypeVar("X")
+
+
+def pick(table: Mapping[str, X], name: str, key: str) -> X:
+    """Returns table[name]; an unknown name lists the known ones."""
+    if name not in table:
+        raise ValueError(f"{key}={name!r} is unknown; choose one of {', '.join(sorted(table))}")
+    return table[name]
+
+
+def _positive(key: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{key}={value} must be positive")
+
+
+def _one_of(key: str, value: str, names: Sequence[str]) -> None:
+    pick(types.MappingProxyType(dict.fromkeys(names)), value, key)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The policy. Its sizes come from the checkpoint's config.json, never from here."""
+
+    path: str
+    """Hugging Face folder of the starting checkpoint (python -m longrl_jax.convert makes them)."""
+    reference: str = ""
+    """Folder of the reference policy for the KL term; empty: the starting checkpoint."""
+    frozen: tuple[str, ...] = ("vision",)
+    """Parts that are not trained: vision, projector, text. The vision tower must be among them."""
+    compute_dtype: str = "bfloat16"
+    """float32 or bfloat16: type of matmuls. Parameters, softmax and losses stay float32."""
+    remat: str = "nothing"
+    """What a layer keeps for the backward pass: nothing, attention (its output), everything."""
+
+    def __post_init__(self):
+        _one_of("model.compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
+        _one_of("model.remat", self.remat, ("nothing", "attention", "everything"))
+        for part in self.frozen:
+            _one_of("model.frozen", part, ("vision", "projector", "text"))
+        if "vision" not in self.frozen:
+            raise ValueError(
+                f"model.frozen={list(self.frozen)} lacks 'vision': frames are encoded once and "
+                "cached, so the tower gets no gradient; add vision to model.frozen"
+            )
+        if {"projector", "text"} <= set(self.frozen):
+            raise ValueError("model.frozen names every part, nothing is left to train; drop one")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which questions are read, and how their videos are sampled."""
+
+    root: str
+    """Folder that every path of the data set lies under; a path that leaves it is refused."""
+    train: str = "train.jsonl"
+    """File of training records, under root."""
+    validation: str = ""
+    """File of held-out records, under root; empty: no evaluation."""
+    source: str = "longvideo_reason"
+    """Format of the records: a name in longrl_jax.data.SOURCES."""
+    template: str = "think"
+    """How a question is put to the model: think (reasoning, then an answer in tags) or direct."""
+    num_frames: int = 16
+    """Frames of a video when fps is 0; the most frames of a video when fps is set."""
+    fps: float = 0.0
+    """Frames a second; 0: num_frames spread evenly over the video."""
+    decoder: str = "pyav"
+    """pyav or decord."""
+    decoder_processes: int = 1
+    """Processes that decode video files while the devices encode."""
+    decode_timeout_s: float = 120.0
+    """Longest time that one file may take to decode before it is refused."""
+    loader_workers: int = 0
+    """Grain worker processes that tokenize prompts and probe files; 0: in this process."""
+
+    def __post_init__(self):
+        _one_of("data.decoder", self.decoder, ("pyav", "decord"))
+        _one_of("data.template", self.template, ("think", "direct"))
+        _positive("data.num_frames", self.num_frames)
+        if self.num_frames > 8192:
+            raise ValueError(f"data.num_frames={self.num_frames} is over 8192, the most we decode")
+        if not 0 <= self.fps <= 1000:
+            raise ValueError(f"data.fps={self.fps} must be 0 (uniform) to 1000")
+        _positive("data.decoder_processes", self.decoder_processes)
+        _positive("data.decode_timeout_s", self.decode_timeout_s)
+        if self.loader_workers < 0:
+            raise ValueError(f"data.loader_workers={self.loader_workers} must be 0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices on each mesh axis; the product is the number of devices."""
+
+    data: int = 1
+    """Copies of the model."""
+    fsdp: int = 1
+    """Devices that share parameters, optimizer state and rows."""
+    seq: int = 1
+    """Devices that share one long sequence (ring attention) and one video's frames."""
+    tensor: int = 1
+    """Devices that share heads and MLP width."""
+    simulated: bool = False
+    """Simulate that many devices on the CPU."""
+
+    def __post_init__(self):
+        for axis in ("data", "fsdp", "seq", "tensor"):
+            _positive(f"mesh.{axis}", getattr(self, axis))
+
+    @property
+    def num_devices(self) -> int:
+        return self.data * self.fsdp * self.seq * self.tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """How a step's prompts become rows."""
+
+    groups: int = 8
+    """Prompts of one step (one update)."""
+    rows_per_pass: int = 0
+    """Rows of one forward/backward pass; gradients are summed over passes. 0: all in one."""
+    max_row_tokens: int = 4096
+    """Longest row: shared prefix and all branches. A longer group is refused by name."""
+    smallest_bucket: int = 128
+    """Row parts are padded to this number of tokens times a power of two (and three halves of one),
+    so that few lengths, and few compilations, occur."""
+
+    def __post_init__(self):
+        for name in ("groups", "max_row_tokens", "smallest_bucket"):
+            _positive(f"batch.{name}", getattr(self, name))
+        if self.rows_per_pass < 0:
+            raise ValueError(f"batch.rows_per_pass={self.rows_per_pass} must be 0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """The vLLM engine and how it samples."""
+
+    num_samples: int = 8
+    """Answers drawn for one prompt (R)."""
+    temperature: float = 1.0
+    """Of sampling; the learner divides its logits by the same number."""
+    max_tokens: int = 64
+    """Longest answer, in tokens."""
+    replicas: int = 1
+    """Engines that share a step's prompts; a group never splits."""
+    tensor_parallel: int = 1
+    """Devices (or CPU processes) of one engine."""
+    process: str = "inline"
+    """inline: vLLM in the learner's process; worker: in processes of its own, shared memory."""
+    dtype: str = "bfloat16"
+    """float32 or bfloat16: what the engine computes in."""
+    kv_cache_gib: float = 1.0
+    """Key/value cache of one CPU engine."""
+    gpu_memory_utilization: float = 0.4
+    """Share of each GPU that vLLM takes; ignored on CPU."""
+    max_model_len: int = 1024
+    """Longest prompt plus answer that the engine takes."""
+
+    def __post_init__(self):
+        for name in ("num_samples", "temperature", "max_tokens", "replicas", "tensor_parallel"):
+            _positive(f"rollout.{name}", getattr(self, name))
+        _positive("rollout.kv_cache_gib", self.kv_cache_gib)
+        _one_of("rollout.process", self.process, ("inline", "worker"))
+        _one_of("rollout.dtype", self.dtype, ("float32", "bfloat16"))
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"rollout.gpu_memory_utilization={self.gpu_memory_utilization} must be in (0, 1]"
+            )
+        if self.tensor_parallel > 1 and self.process == "inline":
+            raise ValueError(
+                f"rollout.tensor_parallel={self.tensor_parallel} needs rollout.process=worker"
+            )
+        if self.max_tokens >= self.max_model_len:
+            raise ValueError(
+                f"rollout.max_tokens={self.max_tokens} leaves no room for a prompt in "
+                f"rollout.max_model_len={self.max_model_len}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AlgorithmConfig:
+    """Names in ADVANTAGES, LOSSES and KL_ESTIMATORS, and their numbers."""
+
+    advantage: str = "grpo"
+    loss: str = "clipped"
+    clip_low: float = 0.2
+    """Lower clip of the probability ratio: 1 - clip_low."""
+    clip_high: float = 0.2
+    """Upper clip of the probability ratio: 1 + clip_high."""
+    clip_dual: float = 3.0
+    """Bound on the loss of a token with negative advantage (dual clip)."""
+    kl: float = 0.0
+    """Weight of the KL term to the reference; 0 loads no reference."""
+    kl_estimator: str = "low_variance"
+
+    def __post_init__(self):
+        if not 0 < self.clip_low < 1:
+            raise ValueError(f"algorithm.clip_low={self.clip_low} must be in (0, 1)")
+        _positive("algorithm.clip_high", self.clip_high)
+        if self.clip_dual <= 1:
+            raise ValueError(f"algorithm.clip_dual={self.clip_dual} must be over 1")
+        if self.kl < 0:
+            raise ValueError(f"algorithm.kl={self.kl} must be 0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with warm-up and clipping."""
+
+    learning_rate: float = 1e-6
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    schedule: str = "constant"
+    """constant, or cosine (to 0 at run.num_steps)."""
+    weight_decay: float = 0.0
+    """Decoupled; matrices only, norms and biases are left alone."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+    def __post_init__(self):
+        _positive("optimizer.learning_rate", self.learning_rate)
+        _positive("optimizer.max_grad_norm", self.max_grad_norm)
+        _one_of("optimizer.schedule", self.schedule, ("constant", "cosine"))
+        if self.warmup_steps < 0 or self.weight_decay < 0:
+            raise ValueError("optimizer.warmup_steps and optimizer.weight_decay must be 0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    """Where the embeddings of videos are kept between steps and runs."""
+
+    path: str = "cache/embeddings"
+    """Folder of the embedding store; shared by runs."""
+    max_gib: float = 20.0
+    """The least recently used entries are deleted beyond this size."""
+
+    def __post_init__(self):
+        _positive("store.max_gib", self.max_gib)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How long a run is and where it writes."""
+
+    dir: str
+    """Run folder; must not hold another run."""
+    num_steps: int = 100
+    """Updates."""
+    eval_every: int = 0
+    """Steps between evaluations on data.validation; 0: after the last step only."""
+    eval_examples: int = 64
+    """Questions of one evaluation."""
+    export: bool = True
+    """Write the trained model as a Hugging Face folder at the end (RUN/export)."""
+
+    def __post_init__(self):
+        _positive("run.num_steps", self.num_steps)
+        _positive("run.eval_examples", self.eval_examples)
+        if self.eval_every < 0:
+            raise ValueError(f"run.eval_every={self.eval_every} must be 0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One experiment: the mirror of a file in configs/."""
+
+    stage: str
+    """sft or grpo."""
+    seed: int = 0
+    """Of the data order, of sampling and of everything random."""
+    model: ModelConfig
+    data: DataConfig
+    run: RunConfig
+    mesh: MeshConfig = MeshConfig()
+    batch: BatchConfig = BatchConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: dict[str, float] = dataclasses.field(default_factory=lambda: {"video_qa": 1.0})
+    """Weight of every reward, by its name in longrl_jax.rewards.REWARDS."""
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    store: StoreConfig = StoreConfig()
+
+    def __post_init__(self):
+        _one_of("stage", self.stage, ("sft", "grpo"))
+        if self.stage == "grpo" and self.rollout.num_samples < 2:
+            raise ValueError(
+                f"rollout.num_samples={self.rollout.num_samples}: GRPO compares the answers to one "
+                "prompt, so it needs at least 2"
+            )
+        if not self.rewards:
+            raise ValueError("rewards is empty; name at least one, e.g. rewards: {video_qa: 1.0}")
+        rows = self.mesh.data * self.mesh.fsdp
+        if self.batch.rows_per_pass % rows:
+            raise ValueError(
+                f"batch.rows_per_pass={self.batch.rows_per_pass} does not split over "
+                f"mesh.data * mesh.fsdp = {rows} devices; make it a multiple"
+            )
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads one YAML file and applies `section.key=value` overrides (values are YAML).
+
+    Raises ValueError that names the key for anything unknown, missing, of the wrong type or
+    impossible in combination.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"there is no config file {path}; see configs/README.md") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold a mapping of sections, got {type(tree).__name__}")
+    for item in overrides:
+        dotted, equals, text = item.partition("=")
+        if not equals:
+            raise ValueError(f"override {item!r} is not of the form section.key=value")
+        *parents, leaf = dotted.split(".")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"override {item!r}: {name} is a value, not a section")
+        node[leaf] = yaml.safe_load(text)
+    return _build(Config, tree, where="")
+
+
+def to_yaml(config: Config) -> str:
+    """Returns the resolved config as YAML that `load` reads back to an equal config."""
+    tree = dataclasses.asdict(config)
+    tree["model"]["frozen"] = list(config.model.frozen)
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def _build(cls: type[X], tree: Any, where: str) -> X:
+    if not isinstance(tree, dict):
+        raise ValueError(f"{where.rstrip('.')} must be a mapping, got {tree!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    kwargs = {}
+    for key, value in tree.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {where}{near[0]}?" if near else f"known keys: {sorted(fields)}"
+            raise ValueError(f"unknown config key {where}{key}; {hint}")
+        kwargs[key] = _value(hints[key], value, f"{where}{key}")
+    unset = dataclasses.MISSING
+    required = [n for n, f in fields.items() if f.default is unset and f.default_factory is unset]
+    missing = [f"{where}{n}" for n in required if n not in kwargs]
+    if missing:
+        raise ValueError(f"missing config keys: {', '.join(missing)}")
+    return cls(**kwargs)
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where=f"{where}.")  # type: ignore[arg-type]
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        item = typing.get_args(hint)[0]
+        if not isinstance(value, list):
+            raise ValueError(f"{where} wants a list, got {value!r}")
+        return tuple(_value(item, x, where) for x in value)
+    if origin is dict:
+        item = typing.get_args(hint)[1]
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} wants a mapping, got {value!r}")
+        return {str(k): _value(item, x, f"{where}.{k}") for k, x in value.items()}
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-6 as a string
+        except ValueError:
+            raise ValueError(f"{where} wants a number, got {value!r}") from None
+    right = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    if not right:
+        name = hint.__name__ if isinstance(hint, type) else str(hint)
+        raise ValueError(f"{where} wants {name}, got {value!r}")
+    return value

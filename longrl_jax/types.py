@@ -1,0 +1,162 @@
+"""The records that cross the borders between parts, and the legend of dimension letters.
+
+A batch row is a *group row* (docs/design.md): `[shared prefix | branch 1 | ... | branch R]`. The
+prompt of R samples is computed once; every branch starts with its own copy of the prompt's tail.
+
+Letters, in array names (`logp_BA`) and in jaxtyping annotations:
+    B rows            T tokens of a row     A answer slots of a row (positions that have a logit)
+    S keys            D model width         C width of a stored media feature
+    N query heads     K key/value heads     H head dim       V vocabulary
+    G groups          R samples of a group  F frames         P tokens of a prompt
+    L layers          M media tokens of one medium
+A lower-case letter is the part of that dimension that one device holds.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Example:
+    """One question of a data set, as its file says it; nothing is decoded yet."""
+
+    id: str
+    question: str
+    """The question, with its options inline ("A. ..." lines) where it is multiple choice."""
+    answer: str
+    """The reference answer: a letter, a number or free text."""
+    kind: str = ""
+    """Category that results are reported by, e.g. temporal, goal, plot, spatial."""
+    video: str = ""
+    """Path under data.root; empty for a text-only question."""
+    reasoning: str = ""
+    """Reference reasoning without tags; the target of CoT-SFT."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VideoLayout:
+    """What a backbone says of a video frame, so that prompts can be laid out without the model."""
+
+    image_size: tuple[int, int]
+    """Height and width, in pixels, that frames are resized to."""
+    grid: tuple[int, int]
+    """Height and width of one frame, in media tokens."""
+    media_token: str
+    """Token that stands where a media feature goes."""
+    separator: str
+    """Text (one token) after every frame; embedded from the model's own table."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Media:
+    """One image, video or audio clip of a prompt, and where its tokens stand."""
+
+    kind: str
+    """image, video or audio."""
+    path: str
+    """Absolute path of the file."""
+    key: str
+    """Digest of the content, the requested sampling, the preprocessing and the decoder."""
+    grid: tuple[int, int, int]
+    """Time, height and width, in tokens."""
+    times_s: tuple[float, ...]
+    """Requested time of every frame, in seconds from the start."""
+    size: tuple[int, int]
+    """Height and width, in pixels, that frames are resized to."""
+    num_tokens: int
+    """Media tokens (t * h * w), without separators such as the token that ends a frame."""
+    offset: int
+    """Index of the first media token in Prompt.tokens."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A tokenized question; media positions hold the media token's id."""
+
+    example: Example
+    tokens: np.ndarray
+    """int32 [P]."""
+    is_media: np.ndarray
+    """bool [P]: positions that take a media feature, in the order of `media`."""
+    rope_pos: np.ndarray
+    """int32 [P], or [P, 3] for M-RoPE."""
+    next_rope_pos: int
+    """Where the first sampled token rotates."""
+    media: tuple[Media, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One answer of the engine."""
+
+    tokens: np.ndarray
+    """int32 [n], the end-of-turn token included where it was sampled."""
+    logps: np.ndarray
+    """float32 [n]: log p of each token under the engine's distribution at training temperature."""
+    finish_reason: str
+    """stop or length."""
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """A group: one prompt, its R samples and the policy that drew them."""
+
+    prompt: Prompt
+    samples: tuple[Sample, ...]
+    policy_version: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What a reward function sees of one sample."""
+
+    example: Example
+    text: str
+    num_tokens: int
+    finish_reason: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Group rows on the mesh. T = num_shards * t; the last A / num_shards tokens of every shard are
+    the answer slots (branch tokens), all tokens before them shared prefixes or padding."""
+
+    tokens: Any
+    """int32 [B, T]."""
+    is_media: Any
+    """bool [B, T]: the token's embedding is a media feature."""
+    features: Any
+    """[B, T, C] stored media features at their tokens (0 elsewhere), or None for text only."""
+    order: Any
+    """int32 [B, T]: index in its own sequence; causality only."""
+    branch: Any
+    """int32 [B, T]: 0 = shared prefix, r = r-th branch of the segment."""
+    segment: Any
+    """int32 [B, T]: which group of the row; 0 = padding."""
+    rope_pos: Any
+    """int32 [B, T] or [B, T, 3]: rotation only."""
+    targets: Any
+    """int32 [B, A]: the token that each answer slot predicts."""
+    loss_mask: Any
+    """bool [B, A]: slots that predict a sampled token."""
+    advantage: Any
+    """float32 [B, A]."""
+    engine_logps: Any
+    """float32 [B, A]: what the engine said of the target when it drew it; 0 where masked."""
+    num_shards: int = 1
+    """Parts that T is split into (mesh axis seq); static."""
+
+
+jax.tree_util.register_dataclass(
+    Batch,
+    data_fields=[f.name for f in dataclasses.fields(Batch) if f.name != "num_shards"],
+    meta_fields=["num_shards"],
+)
+
+Stats = Mapping[str, tuple[Any, Any]]
+"""Name -> (sum, count), so that parts of a batch add up exactly."""

@@ -1,0 +1,78 @@
+"""Configs: what is refused, and how the message helps."""
+
+from pathlib import Path
+
+import pytest
+
+from longrl_jax import config
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+SMALL = """
+stage: grpo
+model: {path: some/folder}
+data: {root: data}
+run: {dir: runs/x}
+optimizer: {learning_rate: 1e-6}
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "small.yaml"
+    file.write_text(SMALL)
+    return file
+
+
+def test_overrides_win_and_numbers_are_numbers(path):
+    cfg = config.load(path, ["mesh.seq=8", "model.frozen=[vision, projector]", "algorithm.kl=1e-2"])
+    assert cfg.mesh.seq == 8 and cfg.algorithm.kl == 0.01 and cfg.optimizer.learning_rate == 1e-6
+    assert cfg.model.frozen == ("vision", "projector")
+
+
+def test_the_resolved_config_is_a_config(path, tmp_path):
+    cfg = config.load(path, ["rewards={video_qa: 0.5}"])
+    (tmp_path / "resolved.yaml").write_text(config.to_yaml(cfg))
+    assert config.load(tmp_path / "resolved.yaml") == cfg
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("mesh.sqe=8", r"unknown config key mesh\.sqe; did you mean mesh\.seq\?"),
+        ("mesh.seq=eight", "mesh.seq wants int, got 'eight'"),
+        ("mesh.seq=0", "mesh.seq=0 must be positive"),
+        ("mesh.seq=true", "mesh.seq wants int, got True"),
+        ("mesh=8", "mesh must be a mapping, got 8"),
+        ("stage=ppo", "stage='ppo' is unknown; choose one of grpo, sft"),
+        ("rollout.num_samples=1", "at least 2"),
+        ("model.frozen=[]", "lacks 'vision'"),
+        ("model.frozen=[vision, text, projector]", "nothing is left to train"),
+        ("model.frozen=[tower]", "model.frozen='tower' is unknown"),
+        ("rollout.tensor_parallel=2", "needs rollout.process=worker"),
+        ("rollout.max_tokens=5000", "leaves no room for a prompt"),
+        ("optimizer.learning_rate=fast", "optimizer.learning_rate wants a number, got 'fast'"),
+        ("rewards={}", "rewards is empty"),
+        ("data.num_frames=9000", "over 8192"),
+        ("mesh.seq", "not of the form section.key=value"),
+    ],
+)
+def test_bad_values_are_refused_by_name(path, override, message):
+    with pytest.raises(ValueError, match=message):
+        config.load(path, [override])
+
+
+def test_a_missing_key_is_named(path):
+    path.write_text(SMALL.replace("run: {dir: runs/x}", "run: {num_steps: 3}"))
+    with pytest.raises(ValueError, match=r"missing config keys: run\.dir"):
+        config.load(path)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_every_config_of_the_project_loads(path):
+    config.load(path)
+
+
+def test_every_config_has_a_row_in_the_readme():
+    readme = (Path(__file__).parents[1] / "configs" / "README.md").read_text()
+    for path in CONFIGS:
+        assert path.name in readme
