@@ -21,4 +21,8 @@ if ! "${pip[@]}" install --progress-bar off -c constraints.txt -e ".[$extra,dev]
         { echo "install: neither the ordinary index nor PyTorch's CPU index has torch 2.13.0+cpu for this Python" >&2; exit 1; }
     "${pip[@]}" install --progress-bar off -c constraints.txt -e ".[$extra,dev]"
 fi
+if [ "$extra" = cpu ]; then
+    # The torchvision that comes along is a CUDA build: without this it breaks `import transformers`.
+    "$venv/bin/python" -m rollout_bridge.torchvision_shim install
+fi
 echo "install: done, with $how"
