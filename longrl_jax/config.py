@@ -1,5 +1,6 @@
 """Run configuration: the dataclasses that mirror a file in configs/, and its loader."""
 
+import ast
 import dataclasses
 import difflib
 import types
@@ -346,6 +347,35 @@ def to_yaml(config: Config) -> str:
     tree = dataclasses.asdict(config)
     tree["model"]["frozen"] = list(config.model.frozen)
     return yaml.safe_dump(tree, sort_keys=False)
+
+
+def describe() -> str:
+    """Returns every key with its type, default and meaning, for --help."""
+    lines = ["config keys:"]
+    classes = {n.name: n for n in ast.parse(Path(__file__).read_text()).body if _is_class(n)}
+    hints = typing.get_type_hints(Config)
+    for node in classes["Config"].body:
+        if isinstance(node, ast.AnnAssign) and dataclasses.is_dataclass(hints[node.target.id]):
+            lines += _describe_fields(classes[hints[node.target.id].__name__], node.target.id + ".")
+    return "\n".join(lines[:1] + _describe_fields(classes["Config"], "") + lines[1:])
+
+
+def _is_class(node: ast.stmt) -> bool:
+    return isinstance(node, ast.ClassDef)
+
+
+def _describe_fields(node: ast.ClassDef, prefix: str) -> list[str]:
+    lines = []
+    for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+        if not isinstance(field, ast.AnnAssign) or ast.unparse(field.annotation).endswith("Config"):
+            continue
+        default = "" if field.value is None else f" = {ast.unparse(field.value)}"
+        lines.append(
+            f"  {prefix}{ast.unparse(field.target)}: {ast.unparse(field.annotation)}{default}"
+        )
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            lines += [f"      {line.strip()}" for line in str(after.value.value).splitlines()]
+    return lines
 
 
 def _build(cls: type[X], tree: Any, where: str) -> X:

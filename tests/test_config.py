@@ -76,3 +76,10 @@ def test_every_config_has_a_row_in_the_readme():
     readme = (Path(__file__).parents[1] / "configs" / "README.md").read_text()
     for path in CONFIGS:
         assert path.name in readme
+
+
+def test_help_names_every_key():
+    text = config.describe()
+    for section, key in [("mesh", "seq"), ("rollout", "num_samples"), ("optimizer", "schedule")]:
+        assert f"{section}.{key}: " in text
+    assert "rewards: dict" in text and "Answers drawn for one prompt (R)." in text
