@@ -352,16 +352,12 @@ def to_yaml(config: Config) -> str:
 def describe() -> str:
     """Returns every key with its type, default and meaning, for --help."""
     lines = ["config keys:"]
-    classes = {n.name: n for n in ast.parse(Path(__file__).read_text()).body if _is_class(n)}
-    hints = typing.get_type_hints(Config)
-    for node in classes["Config"].body:
-        if isinstance(node, ast.AnnAssign) and dataclasses.is_dataclass(hints[node.target.id]):
-            lines += _describe_fields(classes[hints[node.target.id].__name__], node.target.id + ".")
+    module = ast.parse(Path(__file__).read_text())
+    classes = {node.name: node for node in module.body if isinstance(node, ast.ClassDef)}
+    for name, hint in typing.get_type_hints(Config).items():
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            lines += _describe_fields(classes[hint.__name__], f"{name}.")
     return "\n".join(lines[:1] + _describe_fields(classes["Config"], "") + lines[1:])
-
-
-def _is_class(node: ast.stmt) -> bool:
-    return isinstance(node, ast.ClassDef)
 
 
 def _describe_fields(node: ast.ClassDef, prefix: str) -> list[str]:
