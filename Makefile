@@ -15,7 +15,7 @@ BUDGET_S ?= 0
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt install.sh
+$(STAMP): pyproject.toml constraints.txt constraints-cpu.txt install.sh
 	bash install.sh "$(PYTHON)" "$(VENV)" "$(EXTRA)"
 	touch $(STAMP)
 

@@ -12,14 +12,17 @@ command -v "$python" >/dev/null || { echo "install: $python is not on the PATH; 
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check)
 
+pins=(-c constraints.txt)
+if [ "$extra" = cpu ]; then pins+=(-c constraints-cpu.txt); fi
+
 how="the ordinary package index"
-if ! "${pip[@]}" install --progress-bar off -c constraints.txt -e ".[$extra,dev]"; then
+if ! "${pip[@]}" install --progress-bar off "${pins[@]}" -e ".[$extra,dev]"; then
     if [ "$extra" != cpu ]; then echo "install: failed, see above" >&2; exit 1; fi
     echo "install: the ordinary install failed (see above); trying PyTorch's CPU index for torch" >&2
     how="PyTorch's CPU index for torch"
     "${pip[@]}" install --progress-bar off --index-url https://download.pytorch.org/whl/cpu torch==2.13.0 ||
         { echo "install: neither the ordinary index nor PyTorch's CPU index has torch 2.13.0+cpu for this Python" >&2; exit 1; }
-    "${pip[@]}" install --progress-bar off -c constraints.txt -e ".[$extra,dev]"
+    "${pip[@]}" install --progress-bar off "${pins[@]}" -e ".[$extra,dev]"
 fi
 if [ "$extra" = cpu ]; then
     # The torchvision that comes along is a CUDA build: without this it breaks `import transformers`.
