@@ -1,4 +1,6 @@
-"""From the rewards of a group to the advantage of every sample; in numpy, a step has only a few."""
+"""Advantages: how much better a sample is than the others. They run on the host, in numpy."""
+
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -10,23 +12,27 @@ def grpo(
     """Centres and scales rewards inside each group of samples of one prompt.
 
     Source: arXiv:2402.03300 section 4.1.2; Long-RL core_algos.compute_grpo_outcome_advantage.
-    An invalid reward leaves its group's mean and deviation and its sample gets 0; so does a group
-    of equal rewards, or with fewer than two valid ones. The deviation is the sample one (ddof=1),
-    as in Long-RL.
-
-    Raises:
-        ValueError: one sample a group: there is nothing to compare with.
+    The deviation is the sample one (ddof=1), as in Long-RL. An invalid reward gets 0 and leaves
+    the statistics; so does a group with fewer than two valid rewards. Equal rewards get exactly 0.
     """
+    if reward.shape != valid.shape:
+        raise ValueError(f"rewards {reward.shape} and their validity {valid.shape} do not match")
     if reward.shape[1] < 2:
         raise ValueError(
-            f"GRPO compares the samples of a prompt, but rollout.num_samples={reward.shape[1]}; "
+            f"GRPO compares the answers to one prompt, but rollout.num_samples={reward.shape[1]}; "
             "use at least 2"
         )
+    if not np.isfinite(reward[valid]).all():
+        raise ValueError("a reward marked valid is not finite; mark it invalid")
+    known_GR = np.where(valid, reward.astype(np.float64), 0)
     count_G1 = valid.sum(axis=1, keepdims=True)
-    mean_G1 = np.where(valid, reward, 0).sum(axis=1, keepdims=True) / np.maximum(count_G1, 1)
-    centred_GR = np.where(valid, reward - mean_G1, 0)
-    variance_G1 = (centred_GR**2).sum(axis=1, keepdims=True) / np.maximum(count_G1 - 1, 1)
-    return np.where(count_G1 >= 2, centred_GR / (np.sqrt(variance_G1) + eps), 0)
+    mean_G1 = known_GR.sum(axis=1, keepdims=True) / np.maximum(count_G1, 1)
+    centred_GR = np.where(valid, known_GR - mean_G1, 0)
+    square_G1 = np.square(centred_GR).sum(axis=1, keepdims=True)
+    scaled_GR = centred_GR / (np.sqrt(square_G1 / np.maximum(count_G1 - 1, 1)) + eps)
+    first_G1 = np.take_along_axis(known_GR, valid.argmax(axis=1)[:, None], axis=1)
+    differ_G1 = (valid & (known_GR != first_G1)).any(axis=1, keepdims=True)  # the mean may round
+    return np.where(differ_G1, scaled_GR, 0).astype(np.float32)
 
 
-ADVANTAGES = {"grpo": grpo}
+ADVANTAGES: dict[str, Callable[..., np.ndarray]] = {"grpo": grpo}

@@ -1,55 +1,58 @@
-"""The optimizer: clipping, AdamW, warm-up."""
+"""The optimizer: AdamW behind a clip of the global gradient norm."""
+
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from longrl_jax.config import OptimizerConfig
 
+UNDECAYED = ("scale", "bias")
+"""Last names of parameters without weight decay. Stacked layers give them two dims, so the number
+of dims does not tell them from matrices."""
+
+
+def make_schedule(cfg: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Returns step (from 0) -> learning rate: linear warm-up, then constant or cosine to 0.
+
+    The first of n warm-up steps has 1/n of the full rate, not 0.
+    """
+    if cfg.warmup_steps > num_steps:
+        raise ValueError(
+            f"optimizer.warmup_steps={cfg.warmup_steps} is longer than run.num_steps={num_steps}; "
+            "lower it, or the full rate is never reached"
+        )
+
+    def schedule(step: Any) -> jax.Array:
+        warmed = jnp.minimum((step + 1) / max(cfg.warmup_steps, 1), 1)
+        if cfg.schedule == "constant":
+            return cfg.learning_rate * warmed
+        done = (step - cfg.warmup_steps) / max(num_steps - cfg.warmup_steps, 1)
+        return cfg.learning_rate * warmed * (1 + jnp.cos(jnp.pi * jnp.clip(done, 0, 1))) / 2
+
+    return schedule
+
 
 def make_optimizer(cfg: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Returns clip by global norm, then AdamW whose decay leaves norms and biases alone."""
+    """Returns clip, then AdamW (arXiv:1711.05101) whose decay spares norms and biases."""
     return optax.chain(
         optax.clip_by_global_norm(cfg.max_grad_norm),
         optax.adamw(
-            learning_rate(cfg, num_steps),
+            make_schedule(cfg, num_steps),
             b1=cfg.beta1,
             b2=cfg.beta2,
             eps=cfg.eps,
             weight_decay=cfg.weight_decay,
-            mask=is_matrix,
+            mask=is_decayed,
         ),
     )
 
 
-def learning_rate(cfg: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Linear from 0 over warmup_steps, then constant or a cosine to 0 at num_steps.
-
-    The first update of a warm-up of n steps uses 1/n of the full rate, not 0.
-    """
-    if cfg.warmup_steps >= num_steps:
-        raise ValueError(
-            f"optimizer.warmup_steps={cfg.warmup_steps} leaves no step of run.num_steps={num_steps}"
-        )
-    rest = num_steps - cfg.warmup_steps
-    after = {
-        "constant": optax.constant_schedule(cfg.learning_rate),
-        "cosine": optax.cosine_decay_schedule(cfg.learning_rate, rest),
-    }[cfg.schedule]
-    if not cfg.warmup_steps:
-        return after
-    first = cfg.learning_rate / cfg.warmup_steps
-    warm_up = optax.linear_schedule(first, cfg.learning_rate, max(cfg.warmup_steps - 1, 1))
-    return optax.join_schedules([warm_up, after], [cfg.warmup_steps])
+def is_decayed(params: Any) -> Any:
+    """Returns the same tree with True at matrices and token tables."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not _is_vector(path), params)
 
 
-def is_matrix(params: optax.Params) -> optax.Params:
-    """True where weight decay applies: everything but scales and biases, by the parameter's name.
-
-    Stacked layers give norms and biases two dims, so the number of dims does not tell.
-    """
-
-    def decays(path: tuple, _: jax.Array) -> bool:
-        name = jax.tree_util.keystr(path)
-        return "'scale'" not in name and "'bias'" not in name
-
-    return jax.tree_util.tree_map_with_path(decays, params)
+def _is_vector(path: tuple[Any, ...]) -> bool:
+    return any(f"'{name}'" in jax.tree_util.keystr(path[-2:]) for name in UNDECAYED)
