@@ -1,0 +1,218 @@
+"""Backbones: a checkpoint folder to a model on the mesh, and back."""
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from longrl_jax.models import hf_files, qwen2, vila, weights
+
+BACKBONES: dict[str, ModuleType] = {"qwen2": qwen2, "vila": vila}
+MODEL_TYPES = {"qwen2": "qwen2", "llava_llama": "vila", "vila": "vila"}
+"""model_type of a config.json -> name in BACKBONES."""
+COPIED = (".json", ".jinja", ".txt", ".md", ".model", "")
+"""Ends of the files that an export takes over as they are."""
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def backbone_of(source: Path | str | Mapping[str, Any], *, where: str = "") -> ModuleType:
+    """Returns the module that understands a checkpoint folder, or the object of a config.json."""
+    if not isinstance(source, Mapping):
+        where = f"{source}/config.json"
+        source = hf_files.read_json(Path(source) / "config.json")
+    model_type = source.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"{where}: model_type={model_type!r} is unknown; "
+            f"choose a checkpoint of {', '.join(sorted(MODEL_TYPES))}"
+        )
+    return BACKBONES[MODEL_TYPES[model_type]]
+
+
+def load(folder: Path | str, *, mesh: jax.sharding.Mesh | None = None) -> tuple[Any, Any]:
+    """Returns (config, model) of a checkpoint folder; parameters are float32, placed on the mesh.
+
+    Raises ValueError for whatever a table does not account for: a missing or left-over tensor, a
+    wrong shape, a NaN.
+    """
+    folder = Path(folder)
+    backbone = backbone_of(folder)
+    cfg = backbone.read_config(folder)
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: backbone.Model(cfg, rngs=nnx.Rngs(0))))
+    table = backbone.table(cfg)
+    tensors = hf_files.open_tensors(folder, backbone.FOLDERS)
+    places = weights.shardings(abstract, table, mesh) if mesh is not None else {}
+    arrays: dict[str, jax.Array] = {}
+    for path, x in weights.from_hf(abstract, table, tensors, ignored=backbone.IGNORED):
+        if mesh is None:
+            arrays[path] = jax.numpy.asarray(x)
+        else:  # by callback: in a run of many processes each one places its own part
+            arrays[path] = jax.make_array_from_callback(x.shape, places[path], x.__getitem__)
+    return cfg, nnx.merge(graphdef, weights.with_arrays(abstract, arrays))
+
+
+def save(
+    folder: Path | str,
+    model: nnx.Module | nnx.State,
+    cfg: Any,
+    source_folder: Path | str,
+    *,
+    dtype: np.dtype | None = None,
+    shard_size_bytes: int = hf_files.SHARD_SIZE_BYTES,
+) -> None:
+    """Writes a checkpoint folder that `transformers`, vLLM and `load` read.
+
+    Everything but our tensors is copied from source_folder: configs, tokenizer, and tensors that
+    we do not use. A tensor has the type that it has there, or `dtype`. The folder appears whole or
+    not at all.
+    """
+    folder, source = Path(folder), Path(source_folder)
+    backbone = backbone_of(source)
+    tensors = hf_files.open_tensors(source, backbone.FOLDERS)
+    table, arrays = backbone.table(cfg), arrays_of(model)
+
+    def write(partial: Path) -> None:
+        _copy_text_files(source, partial, backbone.FOLDERS)
+        if dtype is not None:
+            _set_dtype(partial, backbone.FOLDERS, dtype)
+        write_parts(
+            partial,
+            backbone,
+            table,
+            arrays,
+            dtype_of=lambda name: dtype or tensors.dtype(name),
+            source=tensors,
+            shard_size_bytes=shard_size_bytes,
+        )
+
+    write_whole(folder, write)
+
+
+def save_text(
+    folder: Path | str,
+    model: nnx.Module | nnx.State,
+    cfg: Any,
+    source_folder: Path | str,
+    *,
+    dtype: np.dtype | None = None,
+    shard_size_bytes: int = hf_files.SHARD_SIZE_BYTES,
+) -> None:
+    """Writes the language model alone, as a plain folder of its own architecture."""
+    folder, inner = Path(folder), llm_folder(source_folder)
+    tensors = hf_files.open_tensors(inner)
+    ours = weights.to_hf(*_text_rows(model, cfg), dtype_of=lambda n: dtype or tensors.dtype(n))
+
+    def write(partial: Path) -> None:
+        _copy_text_files(inner, partial, ("",))
+        if dtype is not None:
+            _set_dtype(partial, ("",), dtype)
+        hf_files.write_tensors(partial, ours, shard_size_bytes=shard_size_bytes)
+
+    write_whole(folder, write)
+
+
+def llm_folder(folder: Path | str) -> Path:
+    """Returns the sub-folder that the engine opens: the language model with its tokenizer."""
+    return Path(folder) / backbone_of(folder).LLM_FOLDER
+
+
+def llm_weights(model: nnx.Module | nnx.State, cfg: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (name inside llm_folder, float32 array on the host), layer after layer.
+
+    Always with lm_head.weight: vLLM keeps a packed copy of it, tied or not (docs/measured.md 2.5).
+    """
+    arrays, table = _text_rows(model, cfg)
+    for name, x in weights.to_hf(arrays, table):
+        yield name, x
+        if name == EMBEDDING and HEAD not in {row.hf for row in table.values()}:
+            yield HEAD, x
+
+
+def feature_stage(frozen: Sequence[str]) -> str:
+    """Returns the deepest frozen stage: its output is stored, what follows runs in the step."""
+    return "projected" if "projector" in frozen else "packed"
+
+
+def stage_weights(params: nnx.State, stage: str) -> dict[str, Any]:
+    """Returns {path: array} of every parameter that a stored feature of `stage` depends on."""
+    parts = ("vision.", "projector.") if stage == "projected" else ("vision.",)
+    return {p: x for p, x in weights.by_path(params).items() if p.startswith(parts)}
+
+
+def write_parts(
+    folder: Path,
+    backbone: ModuleType,
+    table: weights.Table,
+    arrays: Mapping[str, weights.Leaf],
+    *,
+    dtype_of: Callable[[str], np.dtype] | None = None,
+    source: Mapping[str, np.ndarray] | None = None,
+    shard_size_bytes: int = hf_files.SHARD_SIZE_BYTES,
+) -> None:
+    """Writes every tensor of a model in the sub-folders of its backbone, and those of `source`
+    that the model does not use."""
+    weights.check_same_keys(arrays, table)  # below, each sub-folder sees its own rows only
+    for sub in backbone.FOLDERS:
+        start = f"{sub}/" if sub else ""
+        rows = {path: row for path, row in table.items() if row.hf.startswith(start)}
+        ours = weights.to_hf({path: arrays[path] for path in rows}, rows, dtype_of=dtype_of)
+        names = [n for n in source or () if n.startswith(start) and n.startswith(backbone.IGNORED)]
+        unused = ((name, source[name]) for name in names) if source is not None else ()
+        inner = ((name.removeprefix(start), x) for name, x in itertools.chain(ours, unused))
+        hf_files.write_tensors(folder / sub, inner, shard_size_bytes=shard_size_bytes)
+
+
+def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
+    """Calls write(temporary folder) and renames that to `folder`, which must be new or empty."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} exists and is not empty; name a new folder or remove it")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write(partial)
+    if folder.exists():
+        folder.rmdir()
+    partial.rename(folder)
+
+
+def arrays_of(model: nnx.Module | nnx.State) -> dict[str, Any]:
+    """Returns {path: array} of every parameter of a model, or of its state."""
+    return weights.by_path(model if isinstance(model, nnx.State) else nnx.state(model, nnx.Param))
+
+
+def _text_rows(
+    model: nnx.Module | nnx.State, cfg: Any
+) -> tuple[dict[str, Any], dict[str, weights.Param]]:
+    """Returns the arrays of the part `text` and its table with the names inside llm_folder."""
+    arrays = {p: x for p, x in arrays_of(model).items() if p.startswith("text.")}
+    backbone = next(b for b in BACKBONES.values() if isinstance(cfg, b.Config))
+    return arrays, qwen2.table(backbone.text_config(cfg))
+
+
+def _copy_text_files(source: Path, folder: Path, subfolders: Sequence[str]) -> None:
+    """Copies what stands beside the tensors: configs, tokenizer, licence. No code, no pickles."""
+    for sub in sorted({"", *subfolders}):
+        (folder / sub).mkdir(parents=True, exist_ok=True)
+        for path in sorted((source / sub).iterdir()):
+            if path.is_file() and path.suffix in COPIED and path.name != hf_files.INDEX:
+                shutil.copyfile(path, folder / sub / path.name)
+
+
+def _set_dtype(folder: Path, subfolders: Sequence[str], dtype: np.dtype) -> None:
+    """Writes the type of the tensors into the configs, for readers that go by it."""
+    for sub in sorted({"", *subfolders}):
+        path = folder / sub / "config.json"
+        tree = hf_files.read_json(path)
+        parts = [tree, *(x for x in tree.values() if isinstance(x, dict))]
+        if not any("dtype" in part for part in parts):
+            tree.setdefault("torch_dtype", "")  # the older of the two names: everyone reads it
+        for part in parts:
+            part |= {key: str(dtype) for key in ("dtype", "torch_dtype") if key in part}
+        path.write_text(json.dumps(tree, indent=2) + "\n")

@@ -1,0 +1,198 @@
+"""One table a backbone: the Hugging Face name, layout and logical dims of every parameter.
+
+Loading, export, the weight push to the engine and sharding read the same rows, so they cannot
+disagree. Paths are those of the NNX state, joined by dots: "text.layers.attn.q.kernel".
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from longrl_jax.sharding import rules
+
+Leaf = jax.Array | jax.ShapeDtypeStruct | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Param:
+    """One row of a table."""
+
+    hf: str
+    """Hugging Face name; with "{i}" one array a layer, which ours stacks on dim 0."""
+    dims: tuple[str | None, ...]
+    """Logical name of every dimension of the JAX array, without the layer dim."""
+    transpose: tuple[int, ...] | None = None
+    """Permutation from the HF array to the JAX array (its inverse is used on export)."""
+
+
+Table = Mapping[str, Param]
+
+
+def by_path(state: nnx.State) -> dict[str, Leaf]:
+    """Returns {JAX path: array} of a state, in the state's order."""
+    return {".".join(map(str, path)): v.get_value() for path, v in nnx.to_flat_state(state)}
+
+
+def with_arrays(state: nnx.State, arrays: Mapping[str, Leaf]) -> nnx.State:
+    """Returns the state with every array replaced by the one of its path."""
+    flat = [(p, v.replace(arrays[".".join(map(str, p))])) for p, v in nnx.to_flat_state(state)]
+    return nnx.from_flat_state(flat)
+
+
+def to_hf(
+    params: nnx.State | Mapping[str, Leaf],
+    table: Table,
+    *,
+    dtype_of: Callable[[str], np.dtype] | None = None,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (HF name, array on the host), so that a caller never holds two full copies.
+
+    Arrays outside stacks come first, then layer after layer: whoever takes them (vLLM's loader
+    waits for whole layers) buffers at most one layer. dtype_of says the type by HF name; without
+    it arrays keep theirs. Sharded arrays are gathered one layer at a time.
+    """
+    arrays: Mapping[str, Any] = by_path(params) if isinstance(params, nnx.State) else params
+    check_same_keys(arrays, table)
+
+    def export(row: Param, x: np.ndarray, i: int | None) -> tuple[str, np.ndarray]:
+        name = row.hf.format(i=i)
+        if row.transpose is not None:
+            x = x.transpose(np.argsort(row.transpose))
+        if dtype_of is not None:
+            x = x.astype(dtype_of(name), copy=False)
+        return name, x
+
+    for path, row in table.items():
+        if not stacked(row):
+            yield export(row, _to_host(arrays[path]), None)
+    for paths in _stacks(table).values():
+        for i in range(len(arrays[paths[0]])):
+            for path in paths:
+                yield export(table[path], _to_host(arrays[path], i), i)
+
+
+def from_hf(
+    abstract: nnx.State,
+    table: Table,
+    hf: Mapping[str, np.ndarray],
+    *,
+    ignored: tuple[str, ...] = (),
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (JAX path, host array of the model's type), one stacked parameter at a time.
+
+    Names are checked before the first array is read: none missing, none left over, but for those
+    that start with one of `ignored`. A wrong shape, whole numbers, a NaN or an infinity raise
+    ValueError.
+    """
+    want = by_path(abstract)
+    check_same_keys(want, table)
+    names = {
+        path: [row.hf.format(i=i) for i in range(want[path].shape[0] if stacked(row) else 1)]
+        for path, row in table.items()
+    }
+    _check_names(names, hf, ignored)
+    for path, row in table.items():
+        out = np.empty(want[path].shape, want[path].dtype)
+        parts = out if stacked(row) else [out]
+        for part, name in zip(parts, names[path], strict=True):
+            x = hf[name]
+            if row.transpose is not None and x.ndim == len(row.transpose):
+                x = x.transpose(row.transpose)
+            if x.shape != part.shape:
+                raise ValueError(
+                    f"{name} -> {path}: the file has {x.shape} (in our layout), the model wants "
+                    f"{part.shape}; does config.json belong to these tensors?"
+                )
+            if not jax.numpy.issubdtype(x.dtype, jax.numpy.floating):
+                raise ValueError(
+                    f"{name} holds {x.dtype} numbers (quantized?); the model wants floating-point "
+                    "ones, take the unquantized checkpoint"
+                )
+            part[...] = x
+            if not np.isfinite(part).all():
+                raise ValueError(f"{name} holds NaN or infinite numbers; the file is damaged")
+        yield path, out
+
+
+def shardings(abstract: nnx.State, table: Table, mesh: Mesh) -> dict[str, NamedSharding]:
+    """Returns {JAX path: sharding} from the logical dims of the table.
+
+    A dim that does not divide by its mesh axes stays whole on every device (a vocabulary of odd
+    size, for example), since a stored array cannot be split unevenly.
+    """
+    out = {}
+    for path, x in by_path(abstract).items():
+        dims = (None,) * (x.ndim - len(table[path].dims)) + table[path].dims  # None: layers
+        even = [
+            dim if size % _num_parts(mesh, dim) == 0 else None
+            for size, dim in zip(x.shape, dims, strict=True)
+        ]
+        out[path] = NamedSharding(mesh, rules.spec(*even))
+    return out
+
+
+def stacked(row: Param) -> bool:
+    """Whether the row stands for one array a layer."""
+    return "{i}" in row.hf
+
+
+def check_same_keys(arrays: Mapping[str, Leaf], table: Table) -> None:
+    """Raises ValueError for a parameter without a row, or a row without a parameter."""
+    if diff := sorted(set(arrays) ^ set(table)):
+        raise ValueError(f"parameter table and model disagree on {diff}")
+
+
+def _to_host(x: Any, i: int | None = None) -> np.ndarray:
+    if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding):
+        x = _gather(x.sharding.mesh, i is not None)(x, i or 0)
+    elif i is not None:
+        x = x[i]
+    return np.asarray(x)
+
+
+@functools.cache
+def _gather(mesh: Mesh, layer: bool) -> Callable[[jax.Array, int], jax.Array]:
+    """Returns a program that puts x, or its i-th layer, whole on every device of the mesh."""
+
+    def take(x: jax.Array, i: int) -> jax.Array:
+        return jax.lax.dynamic_index_in_dim(x, i, keepdims=False) if layer else x
+
+    return jax.jit(take, out_shardings=NamedSharding(mesh, rules.spec()))
+
+
+def _stacks(table: Table) -> dict[str, list[str]]:
+    """Groups the stacked paths by what precedes the layer number in their HF names."""
+    groups: dict[str, list[str]] = {}
+    for path, row in table.items():
+        if stacked(row):
+            groups.setdefault(row.hf.partition("{i}")[0], []).append(path)
+    return groups
+
+
+def _num_parts(mesh: Mesh, dim: str | None) -> int:
+    (axis,) = rules.spec(dim)
+    axes = (axis,) if isinstance(axis, str) else axis or ()
+    return math.prod(mesh.shape[a] for a in axes)
+
+
+def _check_names(
+    names: Mapping[str, list[str]], hf: Mapping[str, np.ndarray], ignored: tuple[str, ...]
+) -> None:
+    owner: dict[str, str] = {}
+    for path, wanted in names.items():
+        if missing := [n for n in wanted if n not in hf]:
+            raise ValueError(f"checkpoint lacks {missing[0]} (for {path}; {len(missing)} missing)")
+        for name in wanted:
+            if name in owner:
+                raise ValueError(f"{name} stands in two rows of the table: {owner[name]}, {path}")
+            owner[name] = path
+    left = sorted(n for n in hf if n not in owner and not n.startswith(ignored))
+    if left:
+        raise ValueError(f"{len(left)} checkpoint tensors have no row in the table, e.g. {left[0]}")
