@@ -1,0 +1,386 @@
+"""Rollouts to a Batch: group rows, branches, the order of tokens, buckets, and places on the mesh.
+
+A row holds one or more *segments*, each `[shared prefix | branch 1 | ... | branch R]`. A branch is
+the prompt's tail (what the row does not share, at least the last token) and the sampled tokens but
+the last one, which predicts nothing. Positions, causality and visibility are data (types.Batch), so
+that tokens may stand anywhere in a row: ORDERS.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jaxtyping import Float, Shaped
+
+from longrl_jax.config import pick
+from longrl_jax.sharding import spec
+from longrl_jax.types import Batch, Prompt, Rollout
+
+TOKEN_FIELDS = ("tokens", "is_media", "order", "branch", "segment", "rope_pos")
+SLOT_FIELDS = ("targets", "loss_mask", "advantage", "engine_logps")
+DTYPES: dict[str, Any] = dict.fromkeys((*TOKEN_FIELDS, *SLOT_FIELDS), np.int32) | {
+    "is_media": bool,
+    "loss_mask": bool,
+    "advantage": np.float32,
+    "engine_logps": np.float32,
+}
+Columns = dict[str, np.ndarray]
+"""A value of every token of a piece of a row, by field; `feature_row`: -1 where none stands."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """Where every sampled token of every rollout went, to read arrays [B, A] back."""
+
+    rows: tuple[int, ...]
+    """Row of each rollout."""
+    slots: tuple[tuple[np.ndarray, ...], ...]
+    """Answer slots of the tokens of each sample of each rollout, in order."""
+
+    def per_sample(self, array_BA: Shaped[np.ndarray, "*passes B A"]) -> list[list[np.ndarray]]:
+        """Returns [rollout][sample] -> values of its tokens; [passes, rows, A] is understood."""
+        flat_BA = np.asarray(array_BA).reshape(-1, array_BA.shape[-1])
+        return [
+            [flat_BA[row, slots] for slots in samples]
+            for row, samples in zip(self.rows, self.slots, strict=True)
+        ]
+
+
+def bucket(num_tokens: int, smallest: int) -> int:
+    """Returns the least of smallest * (1, 2, ... 8, 10, 12, 14, 16, 20, ...) that holds num_tokens.
+
+    From 8 on there are four sizes an octave, so at most a quarter of a prompt's length is padding.
+    """
+    step = smallest
+    while num_tokens > 8 * step:
+        step *= 2
+    return max(-(-num_tokens // step), 1) * step
+
+
+def row_tokens(rollouts: Sequence[Rollout]) -> int:
+    """Returns how many tokens rollouts that share one prefix take of a row, without padding."""
+    prefix = _shared_prefix([r.prompt for r in rollouts])
+    tails = sum((len(r.prompt.tokens) - prefix - 1) * len(r.samples) for r in rollouts)
+    return prefix + tails + sum(len(s.tokens) for r in rollouts for s in r.samples)
+
+
+def make_batch(
+    rollouts: Sequence[Rollout],
+    *,
+    features: Sequence[np.ndarray | None],
+    advantages: Sequence[Float[np.ndarray, " R"]],
+    num_rows: int,
+    num_shards: int,
+    smallest_bucket: int,
+    max_row_tokens: int,
+    groups_per_row: int = 1,
+    order: str = "spread",
+) -> tuple[Batch, Index]:
+    """Lays rollouts out in num_rows rows; rows that stay empty are padding.
+
+    features: for each rollout the stored rows of its media tokens, in order [M, C]. Rollouts with
+    the same media share their common prefix in one segment where that saves tokens; up to
+    groups_per_row segments share a row. Both parts of a row (prefixes, branches) are padded to
+    `bucket`s, so that few shapes occur. `order` is a name in ORDERS.
+    """
+    place_in = pick(ORDERS, order, "order")
+    _check(rollouts, features, advantages, max_row_tokens)
+    rows = _pack(_segments(rollouts, max_row_tokens), rollouts, groups_per_row, max_row_tokens)
+    if len(rows) > num_rows:
+        raise ValueError(
+            f"{len(rollouts)} groups need {len(rows)} rows, but num_rows={num_rows}; "
+            "raise num_rows or groups_per_row"
+        )
+    pieces = [_row(row, rollouts, advantages) for row in rows]
+    shard_bucket = -(-smallest_bucket // num_shards)
+    lengths = [
+        (len(prefixes["tokens"]), len(branches["tokens"])) for prefixes, branches, _ in pieces
+    ]
+    p, a = (
+        bucket(-(-max(part) // num_shards), shard_bucket) for part in zip(*lengths, strict=True)
+    )
+    arrays = _zeros(num_rows, num_shards * (p + a), num_shards * a, rollouts[0].prompt)
+    stored = _empty_features(arrays["tokens"].shape, features)
+    of_rollout: dict[int, tuple[int, list[np.ndarray]]] = {}
+    for b, (prefixes, branches, samples) in enumerate(pieces):
+        at_p = place_in(np.arange(len(prefixes["tokens"])), p, num_shards)
+        at_a = place_in(np.arange(len(branches["tokens"])), a, num_shards)
+        for part, at_T in (
+            (prefixes, at_p // p * (p + a) + at_p % p),
+            (branches, at_a // a * (p + a) + p + at_a % a),
+        ):
+            for field in TOKEN_FIELDS:
+                arrays[field][b, at_T] = part[field]
+            _put_features(stored, b, at_T, part, features)
+        for field in SLOT_FIELDS:
+            arrays[field][b, at_a] = branches[field]
+        for i, predicting in samples.items():
+            of_rollout[i] = b, [at_a[slots] for slots in predicting]
+    where = [of_rollout[i] for i in range(len(rollouts))]
+    index = Index(rows=tuple(b for b, _ in where), slots=tuple(tuple(s) for _, s in where))
+    return Batch(**arrays, features=stored, num_shards=num_shards), index
+
+
+def split_passes(batch: Batch, rows_per_pass: int) -> Batch:
+    """Turns [B, ...] into [passes, rows_per_pass, ...]; 0: one pass with all rows."""
+    num_rows = len(batch.tokens)
+    rows_per_pass = rows_per_pass or num_rows
+    if num_rows % rows_per_pass:
+        raise ValueError(
+            f"{num_rows} rows are not a multiple of batch.rows_per_pass={rows_per_pass}"
+        )
+    return jax.tree.map(lambda x: x.reshape(-1, rows_per_pass, *x.shape[1:]), batch)
+
+
+def place(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
+    """Puts a batch, with or without a leading dim of passes, onto the mesh."""
+    if batch.num_shards != mesh.shape["seq"]:
+        raise ValueError(
+            f"the batch is laid out for {batch.num_shards} shards, but mesh.seq="
+            f"{mesh.shape['seq']}; call make_batch with num_shards=mesh.seq"
+        )
+    lead = (None,) * (batch.tokens.ndim - 2)
+    num_rows, split = batch.tokens.shape[-2], mesh.shape["data"] * mesh.shape["fsdp"]
+    if num_rows % split:
+        raise ValueError(
+            f"{num_rows} rows do not split over mesh.data * mesh.fsdp = {split} devices; call "
+            "make_batch with more num_rows, which adds rows of padding"
+        )
+
+    def put(x: np.ndarray) -> jax.Array:
+        dims = (*lead, "batch", "tokens")
+        sharding = NamedSharding(mesh, spec(*dims, *(None,) * (x.ndim - len(dims))))
+        # by callback: in a run of many processes each one places its own part
+        return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+
+    return jax.tree.map(put, batch)
+
+
+def _contiguous(i: np.ndarray, size: int, num_shards: int) -> np.ndarray:
+    """Fills one shard after the other."""
+    return i
+
+
+def _zigzag(i: np.ndarray, size: int, num_shards: int) -> np.ndarray:
+    """Gives shard d the chunks d and 2n-1-d, so that causal work is equal."""
+    if size % 2:
+        raise ValueError(f"order 'zigzag' halves a shard, but it has {size} tokens; make it even")
+    chunk, offset = np.divmod(i, size // 2)
+    late = chunk >= num_shards
+    shard = np.where(late, 2 * num_shards - 1 - chunk, chunk)
+    return shard * size + late * (size // 2) + offset
+
+
+def _spread(i: np.ndarray, size: int, num_shards: int) -> np.ndarray:
+    """Deals tokens out like cards (arXiv:2311.09431): equal work, and equal padding."""
+    return i % num_shards * size + i // num_shards
+
+
+ORDERS: dict[str, Callable[[np.ndarray, int, int], np.ndarray]] = {
+    "contiguous": _contiguous,
+    "zigzag": _zigzag,
+    "spread": _spread,
+}
+"""(token, tokens a shard, shards) -> place among size * num_shards."""
+
+
+def _check(
+    rollouts: Sequence[Rollout],
+    features: Sequence[np.ndarray | None],
+    advantages: Sequence[np.ndarray],
+    max_row_tokens: int,
+) -> None:
+    if not rollouts:
+        raise ValueError("make_batch got no rollouts")
+    for rollout, rows, advantage in zip(rollouts, features, advantages, strict=True):
+        prompt, name = rollout.prompt, rollout.prompt.example.id
+        num_media, num_rows = int(prompt.is_media.sum()), 0 if rows is None else len(rows)
+        if num_media != num_rows:
+            raise ValueError(f"group {name!r}: {num_media} media tokens, but {num_rows} features")
+        if prompt.is_media[-1]:
+            raise ValueError(f"group {name!r}: the prompt ends in media; put a text token after it")
+        if len(advantage) != len(rollout.samples):
+            raise ValueError(
+                f"group {name!r}: {len(rollout.samples)} samples, but {len(advantage)} advantages"
+            )
+        for sample in rollout.samples:
+            if len(sample.logps) != len(sample.tokens):
+                raise ValueError(
+                    f"group {name!r}: a sample has {len(sample.tokens)} tokens, but "
+                    f"{len(sample.logps)} engine logps; it needs one of each"
+                )
+        if row_tokens([rollout]) > max_row_tokens:
+            raise ValueError(
+                f"group {name!r} takes {row_tokens([rollout])} tokens of a row, over "
+                f"batch.max_row_tokens={max_row_tokens}; raise that, or lower data.num_frames, "
+                "rollout.num_samples or rollout.max_tokens"
+            )
+
+
+def _shared_prefix(prompts: Sequence[Prompt]) -> int:
+    """Length of the longest common start that leaves every prompt at least its last token."""
+    first, length = prompts[0], min(len(p.tokens) for p in prompts) - 1
+    for prompt in prompts[1:]:
+        same = prompt.tokens[:length] == first.tokens[:length]
+        same &= prompt.is_media[:length] == first.is_media[:length]
+        moved = prompt.rope_pos[:length] != first.rope_pos[:length]
+        same &= ~moved.any(axis=tuple(range(1, moved.ndim)))
+        length = length if same.all() else int(np.argmin(same))
+    return length
+
+
+def _segments(rollouts: Sequence[Rollout], max_row_tokens: int) -> list[list[int]]:
+    """Groups the rollouts that share a prefix; a prefix is shared where that saves tokens."""
+    segments: list[list[int]] = []
+    of_media: dict[tuple[str, ...], list[list[int]]] = {}
+    for i, rollout in enumerate(rollouts):
+        open_segments = of_media.setdefault(tuple(m.key for m in rollout.prompt.media), [])
+        alone = row_tokens([rollout])
+        for segment in open_segments:
+            before = row_tokens([rollouts[j] for j in segment])
+            together = row_tokens([rollouts[j] for j in [*segment, i]])
+            if rollout.prompt.media and together < before + alone and together <= max_row_tokens:
+                segment.append(i)
+                break
+        else:
+            open_segments.append([i])
+            segments.append(open_segments[-1])
+    return segments
+
+
+def _pack(
+    segments: list[list[int]],
+    rollouts: Sequence[Rollout],
+    groups_per_row: int,
+    max_row_tokens: int,
+) -> list[list[list[int]]]:
+    """Puts up to groups_per_row segments into a row: the longest first, where it first fits."""
+    size = {id(s): row_tokens([rollouts[i] for i in s]) for s in segments}
+    if groups_per_row > 1:
+        segments = sorted(segments, key=lambda s: -size[id(s)])
+    rows: list[list[list[int]]] = []
+    for segment in segments:
+        for row in rows:
+            used = sum(size[id(s)] for s in row)
+            if len(row) < groups_per_row and used + size[id(segment)] <= max_row_tokens:
+                row.append(segment)
+                break
+        else:
+            rows.append([segment])
+    return rows
+
+
+def _row(
+    segments: Sequence[Sequence[int]],
+    rollouts: Sequence[Rollout],
+    advantages: Sequence[np.ndarray],
+) -> tuple[Columns, Columns, dict[int, list[np.ndarray]]]:
+    """Returns the prefixes and branches of a row, and {rollout: [answer slots of each sample]}."""
+    prefixes, branches = [], []
+    samples: dict[int, list[np.ndarray]] = {}
+    used = 0
+    for number, segment in enumerate(segments, start=1):
+        length = _shared_prefix([rollouts[i].prompt for i in segment])
+        prefixes.append(_prefix(rollouts[segment[0]].prompt, segment[0], length, number))
+        branch = 0
+        for i in segment:
+            samples[i] = []
+            for r in range(len(rollouts[i].samples)):
+                branch += 1
+                piece = _branch(rollouts[i], i, r, advantages[i][r], length)
+                piece |= {"branch": np.full(len(piece["tokens"]), branch)}
+                piece |= {"segment": np.full(len(piece["tokens"]), number)}
+                branches.append(piece)
+                samples[i].append(used + np.flatnonzero(piece["loss_mask"]))
+                used += len(piece["tokens"])
+    return _joined(prefixes), _joined(branches), samples
+
+
+def _prefix(prompt: Prompt, rollout: int, length: int, segment: int) -> Columns:
+    return {
+        "tokens": prompt.tokens[:length],
+        "is_media": prompt.is_media[:length],
+        "order": np.arange(length),
+        "branch": np.zeros(length),
+        "segment": np.full(length, segment),
+        "rope_pos": prompt.rope_pos[:length],
+        "rollout": np.full(length, rollout),
+        "feature_row": _feature_rows(prompt)[:length],
+    }
+
+
+def _branch(rollout: Rollout, i: int, r: int, advantage: float, length: int) -> Columns:
+    """The tail of the prompt and sample r but its last token; each predicts the token after it."""
+    prompt, sample = rollout.prompt, rollout.samples[r]
+    tail, num_tokens = len(prompt.tokens) - length, len(sample.tokens)
+    num_inputs = tail + num_tokens - 1 if num_tokens else 0
+    following = prompt.next_rope_pos + np.arange(max(num_tokens - 1, 0))
+    if prompt.rope_pos.ndim == 2:
+        following = np.repeat(following[:, None], prompt.rope_pos.shape[1], axis=1)
+    text = np.concatenate([prompt.tokens[length:], sample.tokens])
+    predicts = np.arange(num_inputs) >= tail - 1  # the others predict tokens of the prompt
+    logps = np.zeros(num_inputs, np.float32)
+    logps[predicts] = sample.logps
+
+    def extended(values: np.ndarray, fill: Any) -> np.ndarray:
+        return np.concatenate([values[length:], np.full(max(num_tokens - 1, 0), fill)])[:num_inputs]
+
+    return {
+        "tokens": text[:num_inputs],
+        "is_media": extended(prompt.is_media, False),
+        "order": length + np.arange(num_inputs),
+        "rope_pos": np.concatenate([prompt.rope_pos[length:], following])[:num_inputs],
+        "rollout": np.full(num_inputs, i),
+        "feature_row": extended(_feature_rows(prompt), -1),
+        "targets": np.where(predicts, text[1 : num_inputs + 1], 0),
+        "loss_mask": predicts,
+        "advantage": np.where(predicts, np.float32(advantage), 0),
+        "engine_logps": logps,
+    }
+
+
+def _feature_rows(prompt: Prompt) -> np.ndarray:
+    return np.where(prompt.is_media, np.cumsum(prompt.is_media) - 1, -1)
+
+
+def _joined(pieces: Sequence[Columns]) -> Columns:
+    return {field: np.concatenate([piece[field] for piece in pieces]) for field in pieces[0]}
+
+
+def _zeros(num_rows: int, T: int, A: int, prompt: Prompt) -> Columns:
+    """Empty rows: padding is segment 0, which no segment of a group sees."""
+    arrays = {field: np.zeros((num_rows, T), DTYPES[field]) for field in TOKEN_FIELDS}
+    arrays["rope_pos"] = np.zeros((num_rows, T, *prompt.rope_pos.shape[1:]), np.int32)
+    return arrays | {field: np.zeros((num_rows, A), DTYPES[field]) for field in SLOT_FIELDS}
+
+
+def _empty_features(
+    shape_BT: tuple[int, int], features: Sequence[np.ndarray | None]
+) -> np.ndarray | None:
+    known = [x for x in features if x is not None]
+    if not known:
+        return None
+    kinds = {(x.shape[1], x.dtype) for x in known}
+    if len(kinds) > 1:
+        raise ValueError(f"features differ in width or type: {sorted(map(str, kinds))}")
+    return np.zeros((*shape_BT, known[0].shape[1]), known[0].dtype)
+
+
+def _put_features(
+    stored: np.ndarray | None,
+    b: int,
+    at_T: np.ndarray,
+    piece: Columns,
+    features: Sequence[np.ndarray | None],
+) -> None:
+    """Copies features to their tokens, rollout by rollout; a tail has copies of its own."""
+    if stored is None:
+        return
+    for i in np.unique(piece["rollout"]):
+        rows = features[int(i)]
+        if rows is not None:
+            here = (piece["rollout"] == i) & (piece["feature_row"] >= 0)
+            stored[b, at_T[here]] = rows[piece["feature_row"][here]]
