@@ -1,0 +1,176 @@
+"""Records of LongVideo-Reason, and of our own plain form, read from JSON lines by index.
+
+Source: the card of LongVideo-Reason/longvideo-reason (fields problem_id, problem, data_type,
+problem_type, reasoning, videos, answer). The plain form has the names of types.Example: id,
+question, answer, kind, video, reasoning. Other fields are left alone.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longrl_jax.types import Example
+
+NAMES = {
+    "id": ("id", "problem_id"),
+    "question": ("question", "problem", "prompt"),
+    "answer": ("answer",),
+    "kind": ("kind", "problem_type"),
+    "video": ("video", "videos"),
+    "reasoning": ("reasoning",),
+}
+"""Field of Example -> the names it may have in a line; two of them at once are refused."""
+REQUIRED = ("id", "question", "answer")
+MEDIA_TYPES = ("video", "text")
+"""Values of LongVideo-Reason's data_type that we can read."""
+ANSWER = re.compile(r"\s*<answer>(.*)</answer>\s*", re.DOTALL)
+REASONING = re.compile(r"\s*<think>(.*?)</think>\s*(?:<answer>.*</answer>\s*)?", re.DOTALL)
+TAG = re.compile(r"</?(?:think|answer)>")
+SHOWN_CHARACTERS = 80
+
+
+class RecordError(ValueError):
+    """A line of a data set that cannot be used."""
+
+    def __init__(self, where: str, message: str):
+        super().__init__(where, message)  # both: an exception is pickled by its arguments
+        self.where = where
+        """File and line, e.g. train.jsonl:12."""
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"
+
+
+class Records:
+    """Random access into a file of JSON lines; holds offsets, never records, and no open file."""
+
+    def __init__(self, root: Path, file: str):
+        path = root / file
+        if not path.is_file():
+            raise ValueError(f"there is no data file {path}; set data.root and the file under it")
+        self._root, self._file = root, file
+        offsets, lines = [], []
+        with path.open("rb") as stream:
+            start = 0
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    offsets.append(start)
+                    lines.append(number)
+                start += len(line)
+        if not offsets:
+            raise ValueError(f"{path} holds no records; write one JSON object a line")
+        self._offsets = np.array(offsets, np.int64)
+        self._lines = np.array(lines, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, index: int) -> Example:
+        """Reads one line; raises RecordError that names file, line, field, value and the wish."""
+        with (self._root / self._file).open("rb") as stream:
+            stream.seek(self._offsets[index])
+            line = stream.readline()
+        return parse(line, root=self._root, where=f"{self._file}:{self._lines[index]}")
+
+    def __repr__(self) -> str:
+        return f"Records({str(self._root / self._file)!r}, {len(self)} records)"
+
+
+def open_records(root: Path, file: str) -> Records:
+    """Opens root/file; every video of it must lie under root."""
+    return Records(Path(root), file)
+
+
+def parse(line: bytes, *, root: Path, where: str) -> Example:
+    """Turns one line into an Example; `where` (file:line) is what an error is named by."""
+    try:
+        tree = json.loads(line)
+    except (ValueError, RecursionError) as error:  # bad UTF-8 and endless brackets, too
+        raise RecordError(where, f"not JSON ({error}); write one JSON object a line") from None
+    if not isinstance(tree, dict):
+        raise RecordError(where, f"{_shown(tree)} is not a JSON object of named fields")
+    texts = {field: _text(tree, field, where) for field in NAMES}
+    for field in REQUIRED:
+        if not texts[field].strip():
+            raise RecordError(
+                where, f"{field}={_shown(texts[field])} is empty; it must say something"
+            )
+    texts["answer"] = _untagged_answer(texts["answer"], where)
+    texts["reasoning"] = _untagged_reasoning(texts["reasoning"], where)
+    _check_media(tree, texts["video"], root, where)
+    return Example(**texts)
+
+
+def _text(tree: dict[str, Any], field: str, where: str) -> str:
+    """Returns a field's text under whichever of its names the line uses; "" if it may lack."""
+    found = [name for name in NAMES[field] if name in tree]
+    if len(found) > 1:
+        raise RecordError(where, f"{' and '.join(found)} both give the {field}; keep one")
+    if not found:
+        if field in REQUIRED:
+            raise RecordError(where, f"no {field}; name it {' or '.join(NAMES[field])}")
+        return ""
+    value = tree[found[0]]
+    if field == "id" and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if value is None and field not in REQUIRED:
+        return ""
+    if not isinstance(value, str):
+        wish = "text or a whole number" if field == "id" else "text"
+        raise RecordError(where, f"{found[0]}={_shown(value)} must be {wish}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which tokenizers and file systems refuse
+        raise RecordError(where, f"{found[0]}={_shown(value)} must be valid Unicode") from None
+    return value
+
+
+def _untagged_answer(answer: str, where: str) -> str:
+    match = ANSWER.fullmatch(answer)
+    inner = (match[1] if match else answer).strip()
+    if TAG.search(inner) or not inner:
+        raise RecordError(
+            where, f"answer={_shown(answer)} must be <answer>X</answer>, or X without any tag"
+        )
+    return inner
+
+
+def _untagged_reasoning(reasoning: str, where: str) -> str:
+    match = REASONING.fullmatch(reasoning)
+    inner = (match[1] if match else reasoning).strip()
+    if TAG.search(inner):
+        raise RecordError(
+            where,
+            f"reasoning={_shown(reasoning)} must be <think>...</think>, or text without any tag",
+        )
+    return inner
+
+
+def _check_media(tree: dict[str, Any], video: str, root: Path, where: str) -> None:
+    media_type = tree.get("data_type")
+    if media_type is not None and media_type not in MEDIA_TYPES:
+        raise RecordError(
+            where, f"data_type={_shown(media_type)} must be one of {', '.join(MEDIA_TYPES)}"
+        )
+    if media_type == "video" and not video:
+        raise RecordError(where, "data_type='video', but video is missing; name its file in videos")
+    if not video:
+        return
+    try:
+        inside = (root / video).resolve().is_relative_to(root.resolve())
+    except (ValueError, OSError, RuntimeError):  # a zero byte, a name too long, links in a circle
+        inside = False
+    if Path(video).is_absolute() or not inside:
+        raise RecordError(
+            where,
+            f"video={_shown(video)} must be a relative path that stays in {root}, links followed",
+        )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."

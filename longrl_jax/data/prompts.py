@@ -1,0 +1,260 @@
+"""From an Example to a Prompt: chat template, tokens, and where the frames of a video stand.
+
+The video comes before the question, so questions on one video share a long prefix. Every frame is
+grid h * w media tokens and one separator token (NVlabs/VILA encoders/video/basic.py).
+"""
+
+import functools
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longrl_jax.config import pick
+from longrl_jax.data import video
+from longrl_jax.types import Example, Media, Prompt, VideoLayout
+
+INSTRUCTIONS = {
+    "think": (
+        "Watch the video to its end. First say step by step what happens and when, inside "
+        "<think></think>. Then give the answer alone, inside <answer></answer>."
+    ),
+    "direct": "Give the answer alone, inside <answer></answer>.",
+}
+"""Template -> what is asked for after the question."""
+MEDIA_TOKENS = ("<image>", "<vila/video>", "<vila/sentinel>", "<|image_pad|>", "<|video_pad|>")
+"""Placeholders of media in the vocabularies that we know; a policy never says them."""
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """Opens the tokenizer of a local folder; runs no code from it and asks no network."""
+    from transformers import AutoTokenizer  # here: it takes seconds, and few callers need it
+
+    if not Path(folder).is_dir():
+        raise ValueError(f"there is no folder {folder} to read a tokenizer from")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} holds no tokenizer that transformers knows: {error}") from None
+    if not tokenizer.chat_template:
+        raise ValueError(f"the tokenizer of {folder} has no chat template; put one beside it")
+    return tokenizer
+
+
+def user_text(example: Example, template: str) -> str:
+    """Returns what the user says after the video: the question, then the instruction."""
+    return f"{example.question}\n{pick(INSTRUCTIONS, template, 'data.template')}"
+
+
+def target_text(example: Example, template: str) -> str:
+    """Returns the reference answer of SFT in the form that the instruction asks for."""
+    pick(INSTRUCTIONS, template, "data.template")
+    answer = f"<answer>{example.answer}</answer>"
+    if template == "direct":
+        return answer
+    if not example.reasoning:
+        raise ValueError(
+            f"record {example.id!r} has no reasoning to learn from; add the field, or set "
+            "data.template=direct"
+        )
+    return f"<think>{example.reasoning}</think>{answer}"
+
+
+def answer_tokens(text: str, tokenizer: Any) -> np.ndarray:
+    """Returns the tokens of an answer, int32, the end-of-turn token last."""
+    _refuse_special(text, tokenizer, "the answer")
+    return np.array([*_tokens(text, tokenizer), end_of_turn_id(tokenizer)], np.int32)
+
+
+def decode_text(tokens: np.ndarray, tokenizer: Any) -> str:
+    """Returns the text of an answer without the token that ended it.
+
+    Special tokens elsewhere are shown: an answer that holds one does not have the right form.
+    """
+    ids = [int(token) for token in tokens]
+    if ids and ids[-1] in stop_token_ids(tokenizer):
+        ids.pop()
+    return tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def media_token_ids(tokenizer: Any) -> tuple[int, ...]:
+    """Returns the ids of the media placeholders of this vocabulary, in order."""
+    vocabulary = tokenizer.get_vocab()
+    return tuple(sorted(vocabulary[token] for token in MEDIA_TOKENS if token in vocabulary))
+
+
+def stop_token_ids(tokenizer: Any) -> tuple[int, ...]:
+    """Returns the tokens that end an answer: end of turn, end of text and padding, in order."""
+    ids = {end_of_turn_id(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id}
+    return tuple(sorted(token for token in ids if token is not None))
+
+
+def end_of_turn_id(tokenizer: Any) -> int:
+    """Returns the token that the chat template puts after what the assistant said."""
+    mark = "MARK"
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}]
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False)
+    following = _tokens(rendered.rpartition(mark)[2], tokenizer)
+    if not following or following[0] not in _special_ids(tokenizer):
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path!r} does not end an answer with a "
+            "special token, so nothing would stop the policy; mend the template"
+        )
+    return following[0]
+
+
+def encode_prompt(
+    example: Example,
+    *,
+    tokenizer: Any,
+    layout: VideoLayout | None,
+    num_frames: int,
+    fps: float,
+    decoder: str,
+    template: str,
+    root: Path,
+) -> Prompt:
+    """Lays out the tokens of a question; of its video only the container is probed.
+
+    layout: what the backbone says of a frame; None: a text-only model. num_frames, fps, decoder,
+    template and root are those of DataConfig; example.video was checked when the record was read.
+    Raises ValueError (for a bad file video.VideoError) that says why a record cannot be asked.
+    """
+    _refuse_special(example.question, tokenizer, f"the question of record {example.id!r}")
+    asked = user_text(example, template)
+    if not example.video:
+        return _prompt(example, np.array(_tokens(_chat(asked, tokenizer), tokenizer), np.int32))
+    if layout is None:
+        raise ValueError(
+            f"record {example.id!r} asks about {example.video!r}, but the model takes text only"
+        )
+    head, tail = _around_video(asked, layout.media_token, tokenizer)
+    medium = _video(
+        root.absolute() / example.video,
+        layout,
+        num_frames=num_frames,
+        fps=fps,
+        decoder=decoder,
+        offset=len(head),
+    )
+    frames = _frame_tokens(medium.grid, layout, tokenizer)
+    tokens = np.concatenate([head, frames, tail]).astype(np.int32)
+    is_media = tokens == _one_token(layout.media_token, tokenizer)
+    return _prompt(example, tokens, is_media=is_media, media=(medium,))
+
+
+def _prompt(
+    example: Example,
+    tokens: np.ndarray,
+    *,
+    is_media: np.ndarray | None = None,
+    media: tuple[Media, ...] = (),
+) -> Prompt:
+    P = len(tokens)
+    return Prompt(
+        example=example,
+        tokens=tokens,
+        is_media=np.zeros(P, bool) if is_media is None else is_media,
+        rope_pos=np.arange(P, dtype=np.int32),
+        next_rope_pos=P,
+        media=media,
+    )
+
+
+def _chat(asked: str, tokenizer: Any) -> str:
+    """Returns the conversation up to where the assistant begins to speak."""
+    turns = [{"role": "user", "content": asked}]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+def _around_video(asked: str, media_token: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Returns the tokens before and after a video that stands before the words of the user."""
+    parts = _chat(media_token + asked, tokenizer).split(media_token)
+    if len(parts) != 2:
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path!r} says {media_token} "
+            f"{len(parts) - 1} times for one video; mend the template"
+        )
+    head, tail = (_tokens(part, tokenizer) for part in parts)
+    assert tail, "the instruction follows a video, so a prompt never ends in media"
+    return head, tail
+
+
+def _frame_tokens(grid: tuple[int, int, int], layout: VideoLayout, tokenizer: Any) -> np.ndarray:
+    """Returns t times (h * w media tokens, separator)."""
+    num_frames, height, width = grid
+    frame = np.full(height * width + 1, _one_token(layout.media_token, tokenizer), np.int32)
+    frame[-1] = _one_token(layout.separator, tokenizer)
+    return np.tile(frame, num_frames)
+
+
+def _video(
+    path: Path, layout: VideoLayout, *, num_frames: int, fps: float, decoder: str, offset: int
+) -> Media:
+    duration_s = video.probe(path, decoder=decoder).duration_s
+    times_s = video.frame_times(duration_s, num_frames=num_frames, fps=fps)
+    sampling = {
+        "content": _content_digest(path),
+        "times_s": times_s,
+        "size": layout.image_size,
+        "decoder": video.decoder_version(decoder),
+    }
+    grid = (len(times_s), *layout.grid)
+    return Media(
+        kind="video",
+        path=str(path),
+        key=hashlib.sha256(json.dumps(sampling).encode()).hexdigest(),
+        grid=grid,
+        times_s=times_s,
+        size=layout.image_size,
+        num_tokens=math.prod(grid),
+        offset=offset,
+    )
+
+
+def _content_digest(path: Path) -> str:
+    try:
+        stat = path.stat()
+        return _digest_of_file(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    except OSError as error:
+        raise ValueError(f"{path} could be probed, but not read: {error}") from error
+
+
+@functools.cache  # an hour of video is gigabytes, and many questions share one
+def _digest_of_file(path: str, size_bytes: int, mtime_ns: int, inode: int) -> str:
+    """Digest of the bytes; the other arguments tell a changed file from the one seen before."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tokens(text: str, tokenizer: Any) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _one_token(text: str, tokenizer: Any) -> int:
+    tokens = _tokens(text, tokenizer)
+    if len(tokens) != 1:
+        raise ValueError(
+            f"{text!r} must be one token of {tokenizer.name_or_path!r}, it is {len(tokens)}; does "
+            "the tokenizer belong to this checkpoint?"
+        )
+    return tokens[0]
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    added = tokenizer.added_tokens_decoder.items()
+    return set(tokenizer.all_special_ids) | {token for token, kind in added if kind.special}
+
+
+def _refuse_special(text: str, tokenizer: Any, what: str) -> None:
+    """Words of a data set must not end a turn, begin one or stand for media."""
+    special = _special_ids(tokenizer)
+    for token in _tokens(text, tokenizer):
+        if token in special:
+            name = tokenizer.convert_ids_to_tokens(token)
+            raise ValueError(f"{what} contains the special token {name}; take it out of the record")

@@ -1,0 +1,45 @@
+"""The list of refused records: a bad record is named, counted and left out, never replaced."""
+
+import json
+from pathlib import Path
+from typing import Self
+
+from longrl_jax.types import Example
+
+
+class RefusedLog:
+    """Owner of a run's refused.jsonl; every row is on disk as soon as it is added."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a", encoding="utf-8")
+        self.count = 0
+        """Rows that this run has added, whatever the file held before."""
+
+    def add(self, record: Example | str, error: ValueError, *, step: int) -> None:
+        """Writes one row: step, id, video, type and kind of the error, message.
+
+        record: the Example, or the id of a record that could not be read. step: 1 is the first
+        update, 0 stands for records of an evaluation. kind is what a VideoError calls its cause.
+        """
+        row = {
+            "step": step,
+            "id": record.id if isinstance(record, Example) else record,
+            "video": record.video if isinstance(record, Example) else "",
+            "type": type(error).__name__,
+            "kind": getattr(error, "kind", ""),
+            "message": str(error),
+        }
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        self.count += 1
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()

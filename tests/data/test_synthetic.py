@@ -1,0 +1,291 @@
+import collections
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import re
+
+import av
+import numpy as np
+import pytest
+
+from longrl_jax.data import prompts, synthetic
+from longrl_jax.data.longvideo_reason import open_records
+from longrl_jax.data.synthetic import COLORS, FPS, KINDS, NUM_FRAMES, SIZE, Story, Visitor
+
+CLIPS, VALIDATION, SEED = 8, 4, 3
+NEAR = 20
+"""Pixel values this near to a colour are that colour: five standard deviations of the noise (3),
+and a bit; two of the world's colours differ by 75 in one channel at least."""
+NEAR_DECODED = 60
+"""The same after H.264, which halves the resolution of colours and so blurs every edge."""
+MEAN_ERROR = 4.0
+"""Of 255: mean |decoded - drawn|. Measured 3.1; the noise, which the codec drops, is 2.4 of it."""
+AREA_SHARE = 0.12
+"""A shape of radius 8 on a pixel grid has its geometric area up to its rim of about 50 pixels."""
+
+STORY = Story(
+    visitors=(
+        Visitor(color="red", shape="circle", side="left", enter=0, leave=11),
+        Visitor(color="blue", shape="cross", side="bottom", enter=12, leave=23),
+        Visitor(color="green", shape="triangle", side="right", enter=24, leave=35),
+        Visitor(color="orange", shape="square", side="top", enter=36, leave=47),
+    ),
+    pads=("purple", "yellow", "red", "green"),
+    goal=2,
+    walker_enter=54,
+)
+
+
+def places(frame_HW3, color, near=NEAR):
+    """Returns the (y, x) of the pixels of a colour, pads left out."""
+    close = np.abs(frame_HW3.astype(int) - COLORS.get(color, (250, 250, 250))).max(-1) <= near
+    edge = synthetic.PAD_SIZE + 1
+    for rows in (slice(0, edge), slice(SIZE - edge, SIZE)):
+        for columns in (slice(0, edge), slice(SIZE - edge, SIZE)):
+            close[rows, columns] = False
+    return np.argwhere(close)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return synthetic.draw(STORY, np.random.default_rng(1))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world") / "tiny"
+    synthetic.write_dataset(folder, clips=CLIPS, validation=VALIDATION, seed=SEED)
+    return folder
+
+
+def test_pads_have_their_colours_in_every_frame(drawn):
+    assert drawn.shape == (64, 64, 64, 3) and drawn.dtype == np.uint8
+    for (y, x), color in zip([(4, 4), (4, 59), (59, 4), (59, 59)], STORY.pads, strict=True):
+        near = np.abs(drawn[:, y, x].astype(int) - COLORS[color]) <= NEAR
+        assert near.all(), f"{color} pad at {y}, {x}"
+
+
+def test_visitors_come_when_and_where_the_story_says(drawn):
+    colors = {visitor.color for visitor in STORY.visitors}
+    moves = {"left": (0, 1), "right": (0, -1), "top": (1, 0), "bottom": (-1, 0)}  # (down, right)
+    for visitor in STORY.visitors:
+        for t in range(visitor.enter, visitor.leave):
+            seen = {color for color in colors if len(places(drawn[t], color))}
+            assert seen == {visitor.color}, f"frame {t}"
+        third = (visitor.leave - visitor.enter) // 3
+        early = places(drawn[visitor.enter + third], visitor.color).mean(0)
+        late = places(drawn[visitor.leave - 1 - third], visitor.color).mean(0)
+        step = np.array(moves[visitor.side])
+        assert (late - early) @ step > SIZE / 4  # it crossed
+        assert abs((late - early) @ step[::-1]) < 1  # and did so straight
+    for t in (11, 23, 35, 47, 53):  # nobody is there between two visits
+        assert not any(len(places(drawn[t], color)) for color in colors), f"frame {t}"
+
+
+def test_shapes_have_the_area_of_their_geometry(drawn):
+    r = synthetic.VISITOR_RADIUS
+    areas = {
+        "circle": math.pi * r**2,
+        "square": (2 * 0.85 * r) ** 2,
+        "triangle": 1.8 * r * (2 * r) / 2,  # height times base
+        "cross": 2 * (0.66 * r * 2 * r) - (0.66 * r) ** 2,  # two bars, their middle once
+    }
+    for visitor in STORY.visitors:
+        middle = places(drawn[(visitor.enter + visitor.leave - 1) // 2], visitor.color)
+        assert len(middle) == pytest.approx(areas[visitor.shape], rel=AREA_SHARE)
+
+
+def test_the_walker_heads_for_its_pad_and_stops_before_it(drawn):
+    assert not any(len(places(drawn[t], "white")) for t in range(54))
+    ways = [places(drawn[t], "white").mean(0) for t in range(54, 64)]
+    np.testing.assert_allclose(ways[0], [32, 32], atol=1)  # starts in the middle
+    goal = np.array([59.5, 3.5])  # the bottom-left pad
+    far = [np.linalg.norm(goal - way) for way in ways]
+    assert far == sorted(far, reverse=True)
+    assert np.linalg.norm(places(drawn[63], "white") - goal, axis=1).min() > 4  # pad: 4 to its side
+
+
+OPTION = re.compile(r"(.+?) = ([A-D])(?: |$)")
+
+
+def options(example):
+    """Returns {letter: text}, read from the question."""
+    listed = example.question.partition(" ? ")[2]
+    found = {letter: text for text, letter in OPTION.findall(listed)}
+    assert list(found) == ["A", "B", "C", "D"] and len(set(found.values())) == 4
+    return found
+
+
+def told(example, order, sides, goal):
+    """Answers a question from what was seen: names in their order, {name: side}, colour of goal."""
+    question = example.question
+    if example.kind == "temporal":
+        found = re.match(r"which visitor came right (after|before) the (\w+ \w+) \?", question)
+        word, name = found.groups()
+        return order[order.index(name) + (1 if word == "after" else -1)]
+    if example.kind == "goal":
+        assert question.startswith("what is the white walker trying to reach ?")
+        return f"{goal} pad"
+    if example.kind == "plot":
+        assert question.startswith("in which order do the first three visitors come ?")
+        return " ".join(name.split()[0] for name in order[:3])
+    return sides[re.match(r"from which side does the (\w+ \w+) come \?", question)[1]]
+
+
+def test_answers_follow_from_the_stories():
+    for index in range(60):
+        story, _, asked = synthetic.make_clip(SEED, "train", index)
+        order = [visitor.name for visitor in story.visitors]
+        sides = {visitor.name: visitor.side for visitor in story.visitors}
+        corner = re.search(r"white walker to (\S+) ", synthetic.narration(story))[1]
+        goal = story.pads[synthetic.CORNERS.index(corner)]
+        assert [example.kind for example in asked] == list(KINDS)
+        for example in asked:
+            want = told(example, order, sides, goal)
+            assert options(example)[example.answer] == want, example
+            assert example.reasoning.endswith(f" {want} = {example.answer}")
+
+
+@functools.cache
+def watch(path):
+    """Says who crosses a film in which order, from where, and where the walker goes: by pixels."""
+    with av.open(str(path)) as container:
+        frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+    paths = collections.defaultdict(list)
+    for frame in frames:
+        counts = {color: places(frame, color, NEAR_DECODED) for color in [*COLORS, "white"]}
+        color = max(counts, key=lambda color: len(counts[color]))
+        if len(counts[color]) > 40:
+            paths[color].append(counts[color].mean(0))
+    (y, x) = paths.pop("white")[-1] - 31.5
+    pad = frames[0][3 if y < 0 else 60, 3 if x < 0 else 60].astype(int)
+    goal = min(COLORS, key=lambda color: np.abs(pad - COLORS[color]).max())
+    sides = {}
+    for color, way in paths.items():
+        down, right = way[-1] - way[0]
+        if abs(right) > abs(down):
+            sides[color] = "left" if right > 0 else "right"
+        else:
+            sides[color] = "top" if down > 0 else "bottom"
+    return list(paths), sides, goal
+
+
+def test_answers_can_be_read_off_the_films(folder):
+    records = open_records(folder, "train.jsonl")
+    for i in range(len(records)):
+        example = records[i]
+        colors, sides, goal = watch(folder / example.video)
+        names = dict(re.findall(r"t\d+ (\w+) (\w+) from", example.reasoning))  # colour -> shape
+        order = [f"{color} {names.get(color, '?')}" for color in colors]
+        sides = {f"{color} {names.get(color, '?')}": side for color, side in sides.items()}
+        assert options(example)[example.answer] == told(example, order, sides, goal), example
+
+
+def test_the_narration_is_the_story_with_times():
+    assert synthetic.narration(STORY) == (
+        "t0 red circle from left . t6 blue cross from bottom . t12 green triangle from right . "
+        "t18 orange square from top . t27 white walker to bottom-left red pad ."
+    )
+
+
+def test_letters_are_balanced_in_every_kind_and_clip(folder):
+    records = open_records(folder, "train.jsonl")
+    examples = [records[i] for i in range(len(records))]
+    counts = collections.Counter((example.kind, example.answer) for example in examples)
+    assert counts == {(kind, letter): CLIPS // 4 for kind in KINDS for letter in "ABCD"}
+    by_film = collections.defaultdict(set)
+    for example in examples:
+        by_film[example.video].add(example.answer)
+    assert all(letters == set("ABCD") for letters in by_film.values())
+
+
+def test_what_is_right_is_as_likely_as_what_is_wrong():
+    """Chi-square of 400 stories; 16.3 is exceeded by a fair draw once in 1000 seeds (3 degrees)."""
+    stories = [synthetic.make_story(np.random.default_rng([9, i])) for i in range(400)]
+    sides = [visitor.side for story in stories for visitor in story.visitors]
+    for values in ([story.goal for story in stories], sides):
+        counts = np.array(list(collections.Counter(values).values()))
+        expected = len(values) / 4
+        assert ((counts - expected) ** 2 / expected).sum() < 16.3
+
+
+def test_the_options_alone_say_nothing():
+    """A stranger among the options has a colour of its own, or two of a colour would give away
+    that one of them is real."""
+    for index in range(60):
+        story, _, asked = synthetic.make_clip(SEED, "train", index)
+        choices = options(asked[KINDS.index("temporal")]).values()
+        assert len({choice.split()[0] for choice in choices}) == 4
+
+
+def test_the_splits_share_no_film(folder):
+    splits = [open_records(folder, f"{split}.jsonl") for split in ("train", "validation")]
+    assert [len(split) for split in splits] == [CLIPS * 4, VALIDATION * 4]
+    files = [{split[i].video for i in range(len(split))} for split in splits]
+    assert [len(names) for names in files] == [CLIPS, VALIDATION]
+    contents = [hashlib.sha256((folder / name).read_bytes()).digest() for name in set.union(*files)]
+    assert len(set(contents)) == CLIPS + VALIDATION == len(list((folder / "videos").iterdir()))
+    ids = [split[i].id for split in splits for i in range(len(split))]
+    assert len(set(ids)) == len(ids)
+
+
+def test_films_are_h264_and_decode_to_what_was_drawn(folder):
+    for split, index, number in (("train", 0, 0), ("train", 7, 7), ("validation", 2, CLIPS + 2)):
+        _, want, _ = synthetic.make_clip(SEED, split, index)
+        with av.open(str(folder / f"videos/{number:05d}.mp4")) as container:
+            (stream,) = container.streams  # no sound
+            assert stream.codec_context.name == "h264"
+            assert (stream.average_rate, stream.frames) == (FPS, NUM_FRAMES)
+            frames = list(container.decode(stream))
+        assert [frame.time for frame in frames] == list(range(NUM_FRAMES))
+        got = np.stack([frame.to_ndarray(format="rgb24") for frame in frames])
+        assert np.abs(got.astype(int) - want).mean() < MEAN_ERROR
+
+
+def test_the_same_seed_gives_the_same_data(folder, tmp_path):
+    again, other = tmp_path / "again", tmp_path / "other"
+    synthetic.write_dataset(again, clips=CLIPS, validation=VALIDATION, seed=SEED)
+    for name in ("train.jsonl", "validation.jsonl", "corpus.txt", "videos/00003.mp4"):
+        assert (again / name).read_bytes() == (folder / name).read_bytes(), name
+    synthetic.write_dataset(other, clips=CLIPS, validation=VALIDATION, seed=SEED + 1)
+    assert (other / "train.jsonl").read_bytes() != (folder / "train.jsonl").read_bytes()
+
+
+def test_held_out_films_do_not_depend_on_the_number_of_others(folder, tmp_path):
+    synthetic.write_dataset(tmp_path / "less", clips=1, validation=VALIDATION, seed=SEED)
+    less, more = (open_records(f, "validation.jsonl") for f in (tmp_path / "less", folder))
+    for i in range(len(less)):
+        assert dataclasses.replace(less[i], video=more[i].video) == more[i]
+        assert (tmp_path / "less" / less[i].video).read_bytes() == (
+            folder / more[i].video
+        ).read_bytes()
+
+
+def test_the_corpus_holds_every_word_that_training_uses(folder):
+    text = (folder / "corpus.txt").read_text()
+    records = open_records(folder, "train.jsonl")
+    for i in range(len(records)):
+        for template in ("think", "direct"):
+            assert prompts.user_text(records[i], template) in text
+            assert prompts.target_text(records[i], template) in text
+
+
+def test_the_command_says_what_it_did_and_what_is_wrong(tmp_path, capsys):
+    folder = tmp_path / "data"
+    synthetic.main([str(folder), "--clips", "1", "--validation", "1", "--seed", "4"])
+    assert "1 films with 4 questions to train on, 1 with 4 held out" in capsys.readouterr().out
+    assert json.loads((folder / "train.jsonl").read_text().splitlines()[0])["kind"] == "temporal"
+    for arguments, said in (
+        ([str(folder), "--clips", "1"], "already holds a data set"),
+        ([str(tmp_path / "x"), "--clips", "0"], "at least 1 film"),
+        ([str(tmp_path / "x"), "--clips", "99999"], "at most 100000"),
+        ([str(tmp_path / "x"), "--seed", "-1"], "must be 0 or more"),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            synthetic.main(arguments)
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(SystemExit):
+        synthetic.main(["--help"])
+    assert "--validation" in capsys.readouterr().out
