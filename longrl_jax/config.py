@@ -135,8 +135,8 @@ class BatchConfig:
     max_row_tokens: int = 4096
     """Longest row: shared prefix and all branches. A longer group is refused by name."""
     smallest_bucket: int = 128
-    """Row parts are padded to this number of tokens times a power of two (and three halves of one),
-    so that few lengths, and few compilations, occur."""
+    """Both parts of a row (prefix, answers) are padded to one of few multiples of this number of
+    tokens (batching.bucket), so that few lengths, and few compilations, occur."""
 
     def __post_init__(self):
         for name in ("groups", "max_row_tokens", "smallest_bucket"):
@@ -338,7 +338,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             node = node.setdefault(name, {})
             if not isinstance(node, dict):
                 raise ValueError(f"override {item!r}: {name} is a value, not a section")
-        node[leaf] = yaml.safe_load(text)
+        node[leaf] = yaml.safe_load(text) if text else ""  # "key=" is the empty string
     return _build(Config, tree, where="")
 
 

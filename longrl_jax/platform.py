@@ -3,14 +3,18 @@
 Nothing here may run at import: a library that changes the process behind its user's back is a trap.
 """
 
+import logging
 import os
 import sys
+import warnings
 
 from longrl_jax.config import MeshConfig, RolloutConfig
 
+GPU_RESERVE = 0.08
+"""Share of a GPU that neither XLA nor vLLM may take: contexts, NCCL, fragmentation."""
 RENDEZVOUS_TIMEOUT_S = 600
 """Simulated devices share few cores: a collective may wait long before its partners arrive. XLA's
-default aborts the process after 60 s (reference/jax.md)."""
+default aborts the process after 60 s (docs/measured.md 1.2)."""
 
 
 def prepare(
@@ -24,10 +28,15 @@ def prepare(
         add_xla_flags(
             f"--xla_force_host_platform_device_count={mesh.num_devices}",
             f"--xla_cpu_collective_call_terminate_timeout_seconds={RENDEZVOUS_TIMEOUT_S}",
+            # else two collectives that do not depend on each other may start in another order on
+            # another device, and all wait for ever (docs/measured.md 1.6)
+            "--xla_cpu_enable_concurrency_optimized_scheduler=false",
         )
         os.environ["JAX_PLATFORMS"] = "cpu"
     if rollout is not None:
         prepare_vllm(rollout)
+        share = max(0.1, 1 - rollout.gpu_memory_utilization - GPU_RESERVE)  # vLLM has the rest
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{share:.2f}")
     import jax
 
     if compilation_cache:
@@ -47,15 +56,18 @@ def prepare_vllm(rollout: RolloutConfig) -> None:
         raise RuntimeError("vllm was imported before platform.prepare; import it later")
     for name, value in {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": str(max(1, round(rollout.kv_cache_gib))),  # whole GiB
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",  # torch's idle threads would spin on cores that JAX shares
         "TORCHDYNAMO_DISABLE": "1",  # saves a C++ compile of 15-50 s; outputs are equal (tested)
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
     }.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # what it says before it reads its variable
+    warnings.filterwarnings("ignore", message=".*reduce_op.*", category=FutureWarning)
 
 
 def add_xla_flags(*flags: str) -> None:
