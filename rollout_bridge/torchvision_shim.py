@@ -1,14 +1,16 @@
-"""Lets PyPI's torchvision (built for CUDA) import beside a CPU build of torch.
+"""Lets PyPI's torchvision, torchaudio and torchcodec stand beside a CPU build of torch.
 
 torchvision registers fake kernels for two operators, nms and qnms, that its compiled part should
-have declared. That part does not load beside torch+cpu, so the import fails, and with it the model
-classes of `transformers`. `install` writes a .pth file into site-packages; every Python process
-of that environment then carries an import hook that does nothing until somebody imports
-torchvision, and at that moment declares both operators.
+have declared; that part, built for CUDA, does not load beside torch+cpu, so the import fails.
+torchaudio and torchcodec fail on their own compiled parts. These failures break `transformers` (its
+model classes) and `vllm`. `install` writes a .pth file into site-packages; every Python process of
+that environment then carries an import hook that does nothing until somebody imports torchvision
+(both operators are declared), transformers or vllm (torchaudio and torchcodec are hidden: they
+count as not installed; nothing here reads audio through torch).
 
     python -m rollout_bridge.torchvision_shim install      (or: remove)
 
-The hook's own file must not import anything of ours: it is copied, not referred to.
+Beside a CUDA build of torch the hook changes nothing.
 """
 
 import argparse
@@ -27,27 +29,44 @@ import sys
 
 class _Finder:
     def find_spec(self, name, path=None, target=None):
-        if name != "torchvision":
-            return None
-        sys.meta_path.remove(self)
-        try:
-            import torch
-        except ImportError:
-            return None
-        if torch.version.cuda is None:
-            library = torch.library.Library("torchvision", "FRAGMENT")
-            for operator in ("nms", "qnms"):
-                schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-                try:
-                    library.define(operator + schema)
-                except RuntimeError:  # a torchvision built for this torch has declared it already
-                    pass
-            sys.modules["_torchvision_shim_library"] = library  # dropped, it would undeclare them
+        if name == "torchvision":
+            _declare_operators()
+        elif name in ("transformers", "vllm"):
+            _hide("torchaudio")
+            _hide("torchcodec")
         return None
 
 
-if "torchvision" not in sys.modules:
-    sys.meta_path.insert(0, _Finder())
+def _declare_operators():
+    try:
+        import torch
+    except ImportError:
+        return
+    if torch.version.cuda is not None or "_torchvision_shim_library" in sys.modules:
+        return
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+    for operator in ("nms", "qnms"):
+        try:
+            library.define(operator + schema)
+        except RuntimeError:  # a torchvision built for this torch has declared it already
+            pass
+    sys.modules["_torchvision_shim_library"] = library  # dropped, it would undeclare them
+
+
+def _hide(package):
+    from importlib import metadata
+
+    try:
+        on_cpu = metadata.version("torch").endswith("+cpu")
+        other_build = not metadata.version(package).endswith("+cpu")
+    except metadata.PackageNotFoundError:
+        return
+    if on_cpu and other_build:
+        sys.modules.setdefault(package, None)  # find_spec now says: not installed
+
+
+sys.meta_path.insert(0, _Finder())
 '''
 
 
