@@ -1,0 +1,167 @@
+"""Media to embeddings: every video is decoded and encoded once, over the mesh, through the store.
+
+Source: MR-SP stage 1 (arXiv:2507.07966 section 4): the frames of a video are split evenly over the
+devices, each runs the vision tower on its part. What is stored is the output of the deepest frozen
+stage, one row a media token, so a hit needs no decoding and the projector can still be trained.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from longrl_jax.data import video
+from longrl_jax.sharding import rules
+from longrl_jax.types import Media, Prompt
+from rollout_bridge import video_cache
+
+CHUNK_FRAMES = 64
+"""Frames of one call of the tower, rounded up to a multiple of the devices: one fixed shape."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """The frozen part of a backbone on the mesh."""
+
+    encode: Callable[[np.ndarray], jax.Array]
+    """uint8 [chunk_frames, H, W, 3] -> [chunk_frames, n, C]."""
+    chunk_frames: int
+    width: int
+    """C: numbers of one stored row."""
+    dtype: np.dtype
+    stage: str
+    """Name of the deepest frozen stage: packed or projected."""
+    weights_digest: str
+    """Of every weight that the stage applies."""
+
+
+def make_encoder(
+    graphdef: nnx.GraphDef,
+    frozen: nnx.State,
+    trained: nnx.State,
+    *,
+    stage: str,
+    width: int,
+    dtype: Any,
+    mesh: jax.sharding.Mesh,
+    weights_digest: str,
+    chunk_frames: int = CHUNK_FRAMES,
+) -> Encoder:
+    """Compiles the frozen stages for one fixed number of frames, split over all devices but tensor.
+
+    frozen and trained together hold every parameter of the model that graphdef describes; of the
+    trained only the shapes are used, since an update replaces their arrays.
+    """
+    shapes = jax.eval_shape(lambda: trained)
+    split = mesh.devices.size // mesh.shape["tensor"]
+    chunk_frames = -(-chunk_frames // split) * split
+
+    @jax.jit
+    def run(frozen: nnx.State, frames_FHW3: jax.Array) -> jax.Array:
+        unused = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)  # no part of `stage`
+        model = nnx.merge(graphdef, frozen, unused)
+        frames_FHW3 = rules.constrain(frames_FHW3, "frames", None, None, None)
+        features_FnC = model.encode(frames_FHW3, stage=stage, compute_dtype=dtype)
+        return rules.constrain(features_FnC.astype(dtype), "frames", None, None)
+
+    def encode(frames_FHW3: np.ndarray) -> jax.Array:
+        with jax.set_mesh(mesh):
+            return run(frozen, jnp.asarray(frames_FHW3))
+
+    return Encoder(encode, chunk_frames, width, np.dtype(dtype), stage, weights_digest)
+
+
+def embed(
+    encoder: Encoder,
+    prompts: Sequence[Prompt],
+    store: video_cache.VideoStore,
+    pool: video.DecoderPool,
+    *,
+    decoder: str,
+    clock: Callable[[str, float], None] = lambda phase, seconds: None,
+) -> tuple[dict[str, np.ndarray], dict[str, video.VideoError]]:
+    """Returns {Media.key: memory-mapped features [M, C]} and {Media.key: why it was refused}.
+
+    A key that the store holds decodes nothing. The others are decoded by the pool's processes
+    while the devices encode; `clock` is told the seconds spent waiting for either (decode, encode).
+    A refused video leaves nothing in the store, however much of it could be read.
+    """
+    media = {m.key: m for prompt in prompts for m in prompt.media}
+    names = {
+        key: video_cache.entry_key(
+            key, encoder.weights_digest, encoder.stage, encoder.dtype, (m.num_tokens, encoder.width)
+        )
+        for key, m in media.items()
+    }
+    found = {key: store.get(name) for key, name in names.items()}
+    missing = [media[key] for key, value in found.items() if value is None]
+    refused = _encode_missing(encoder, missing, names, store, pool, decoder, clock)
+    for m in missing:
+        if m.key not in refused:
+            found[m.key] = store.get(names[m.key])
+    features = {key: value for key, value in found.items() if value is not None}
+    lost = set(media) - set(features) - set(refused)
+    assert not lost, f"entries {sorted(lost)} left the store as soon as they were written"
+    return features, refused
+
+
+def features_of(prompt: Prompt, features: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """Returns the rows of a prompt's media tokens in order [M, C]; None for a text-only prompt."""
+    if not prompt.media:
+        return None
+    parts = [features[m.key] for m in prompt.media]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _encode_missing(
+    encoder: Encoder,
+    media: Sequence[Media],
+    names: Mapping[str, str],
+    store: video_cache.VideoStore,
+    pool: video.DecoderPool,
+    decoder: str,
+    clock: Callable[[str, float], None],
+) -> dict[str, video.VideoError]:
+    """Decodes and encodes in the order that chunks arrive; returns the refused by Media.key."""
+    jobs = [video.Job(path=m.path, times_s=m.times_s, size=m.size, decoder=decoder) for m in media]
+    refused: dict[str, video.VideoError] = {}
+    writers: dict[int, video_cache.EntryWriter] = {}
+    started_s = time.perf_counter()
+    try:
+        for item in pool.decode(jobs, chunk=encoder.chunk_frames):
+            decoded_s = time.perf_counter()
+            clock("decode", decoded_s - started_s)
+            m, i = media[item.job_index], item.job_index
+            if isinstance(item, video.Failed):
+                refused[m.key] = item.error
+                if i in writers:
+                    writers.pop(i).discard()
+            else:
+                if i not in writers:
+                    shape = (m.num_tokens, encoder.width)
+                    writers[i] = store.writer(names[m.key], shape, encoder.dtype)
+                writers[i].write(_encode_chunk(encoder, item.frames))
+                if item.first_frame + len(item.frames) == len(m.times_s):
+                    writers.pop(i).publish()
+            started_s = time.perf_counter()
+            clock("encode", started_s - decoded_s)
+        clock("decode", time.perf_counter() - started_s)
+        assert not writers, f"{len(writers)} videos ended early without an error"
+    finally:
+        for writer in writers.values():
+            writer.discard()
+    return refused
+
+
+def _encode_chunk(encoder: Encoder, frames_FHW3: np.ndarray) -> np.ndarray:
+    """Pads to the fixed shape, encodes, drops the padding; returns [F * n, C]."""
+    F = len(frames_FHW3)
+    padded = np.zeros((encoder.chunk_frames, *frames_FHW3.shape[1:]), np.uint8)
+    padded[:F] = frames_FHW3
+    features_FnC = np.asarray(encoder.encode(padded))[:F]
+    return features_FnC.reshape(-1, features_FnC.shape[-1])
