@@ -1,0 +1,268 @@
+"""Checkpoint folders: make a random one, check one, copy one for others, look into one.
+
+python -m longrl_jax.convert init configs/models/tiny_vila.json runs/init --corpus corpus.txt
+python -m longrl_jax.convert inspect runs/init
+python -m longrl_jax.convert from-hf downloaded/NVILA checkpoints/nvila
+python -m longrl_jax.convert to-hf runs/grpo/export published --dtype bfloat16 --text-only
+"""
+
+import argparse
+import collections
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+from longrl_jax import models
+from longrl_jax.config import pick
+from longrl_jax.models import hf_files
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+PARTS = {"llm": "llm_cfg", "vision_tower": "vision_tower_cfg", "mm_projector": "mm_projector_cfg"}
+"""Sub-folder of a VILA checkpoint -> its config inside the one file that `init` takes."""
+END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+MEDIA_TOKENS = ("<image>", "<vila/video>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""ChatML."""
+NUM_BYTES = 256
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command; a mistake of the user's is one line, not a trace."""
+    args = _parser().parse_args(argv)
+    try:
+        with jax.default_device(jax.devices("cpu")[0]):  # a checkpoint may be larger than a GPU
+            for line in args.run(args):
+                sys.stdout.write(line + "\n")
+    except (ValueError, OSError) as error:  # OSError: a full disk, a folder without permission
+        sys.exit(f"convert {args.command}: {error}")
+
+
+def init(config_json: Path, out: Path, *, seed: int = 0, corpus: Path | None = None) -> None:
+    """Writes a random checkpoint with tokenizer, chat template and generation config.
+
+    config_json is a Hugging Face config.json; for VILA it holds the parts' configs as llm_cfg,
+    vision_tower_cfg and mm_projector_cfg. The vocabulary becomes as large as the tokenizer, which
+    is a byte-level BPE of at most vocab_size tokens, trained on the corpus (without one: bytes).
+    """
+    tree = hf_files.read_json(config_json)
+    backbone = models.backbone_of(tree, where=str(config_json))
+    llm = tree if backbone.LLM_FOLDER == "" else tree.get(PARTS["llm"])
+    if not isinstance(llm, dict):
+        raise ValueError(f"{config_json}: {PARTS['llm']} must hold the language model's config")
+    text = corpus.read_text() if corpus is not None else ""
+    vocab_size = hf_files.positive_int(llm, "vocab_size", str(config_json))
+
+    def write(folder: Path) -> None:
+        llm["vocab_size"] = _write_tokenizer(folder / backbone.LLM_FOLDER, text, vocab_size)
+        _write_json(folder / "config.json", tree)
+        for sub in filter(None, backbone.FOLDERS):
+            if not isinstance(tree.get(PARTS[sub]), dict):
+                raise ValueError(f"{config_json}: {PARTS[sub]} must hold the config of {sub}/")
+            _write_json(folder / sub / "config.json", tree[PARTS[sub]])
+        cfg = backbone.read_config(folder)
+        model = backbone.Model(cfg, rngs=nnx.Rngs(seed))
+        models.write_parts(folder, backbone, backbone.table(cfg), models.arrays_of(model))
+
+    models.write_whole(out, write)
+
+
+def from_hf(folder: Path, out: Path) -> int:
+    """Loads a folder through the table, writes it again and compares every tensor, byte by byte.
+
+    Returns the number of tensors.
+    """
+    cfg, model = models.load(folder)
+    models.save(out, model, cfg, folder)
+    folders = models.backbone_of(folder).FOLDERS
+    before, after = (hf_files.open_tensors(f, folders) for f in (folder, out))
+    if odd := sorted(set(before) ^ set(after)):
+        raise ValueError(f"{odd[0]} is in only one of {folder} and {out}")
+    for name in before:
+        x, y = before[name], after[name]
+        if x.dtype != y.dtype or x.shape != y.shape or x.tobytes() != y.tobytes():
+            raise ValueError(f"{name} differs between {folder} and {out}; is its type a float?")
+    return len(before)
+
+
+def to_hf(
+    folder: Path,
+    out: Path,
+    *,
+    dtype: str = "",
+    text_only: bool = False,
+    shard_gib: float = 4.0,
+) -> None:
+    """Writes a folder for others: another type, other shards, or the language model alone."""
+    cfg, model = models.load(folder)
+    save = models.save_text if text_only else models.save
+    save(
+        out,
+        model,
+        cfg,
+        folder,
+        dtype=pick(DTYPES, dtype, "--dtype") if dtype else None,
+        shard_size_bytes=int(shard_gib * 2**30),
+    )
+
+
+def inspect(folder: Path) -> Iterator[str]:
+    """Yields lines that say what a folder holds; reads no array."""
+    backbone = models.backbone_of(folder)
+    cfg = backbone.read_config(folder)
+    tensors = hf_files.open_tensors(folder, backbone.FOLDERS)
+    name = next(name for name, module in models.BACKBONES.items() if module is backbone)
+    text = backbone.text_config(cfg)
+    yield f"{folder}: {name}, {len(tensors)} tensors"
+    yield (
+        f"text: {text.num_layers} layers of {text.width}, {text.num_heads} heads of "
+        f"{text.head_dim} ({text.num_kv_heads} for keys), vocabulary {text.vocab_size}, "
+        f"{'tied' if text.tied else 'untied'} head"
+    )
+    if (layout := backbone.video_layout(cfg)) is not None:
+        (h, w), (rows, columns) = layout.image_size, layout.grid
+        yield f"video: frames of {h} x {w} px become {rows} x {columns} tokens and a separator"
+    count: collections.Counter[str] = collections.Counter()
+    size_bytes: collections.Counter[str] = collections.Counter()
+    for tensor in tensors:
+        part = tensor.partition("/")[0] if "/" in tensor else "llm"
+        key = f"{part} {tensors.dtype(tensor)}"
+        size = int(np.prod(tensors.shape(tensor)))
+        count[key] += size
+        size_bytes[key] += size * tensors.dtype(tensor).itemsize
+    for key in sorted(count):
+        yield f"{key}: {count[key]:,} numbers, {size_bytes[key] / 2**20:,.1f} MiB"
+
+
+def _write_tokenizer(folder: Path, text: str, vocab_size: int) -> int:
+    """Trains and writes a tokenizer with ChatML's and VILA's tokens; returns its length."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers import models as tokenizer_models
+    from transformers import PreTrainedTokenizerFast
+
+    special = [END_OF_TEXT, START, END, *MEDIA_TOKENS]
+    if vocab_size < NUM_BYTES + len(special):
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small: {NUM_BYTES} bytes and {len(special)} special "
+            "tokens are always in it"
+        )
+    tokenizer = Tokenizer(tokenizer_models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=END_OF_TEXT,
+        additional_special_tokens=[START, *MEDIA_TOKENS],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    wrapped.save_pretrained(folder)
+    ids = {token: tokenizer.token_to_id(token) for token in (END, END_OF_TEXT)}
+    generation = {"eos_token_id": list(ids.values()), "pad_token_id": ids[END_OF_TEXT]}
+    _write_json(folder / "generation_config.json", generation)
+    return len(wrapped)
+
+
+def _write_json(path: Path, tree: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(tree, indent=2) + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m longrl_jax.convert",
+        description="Makes, checks, exports and describes checkpoint folders (safetensors only).",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser(
+        "init", help="a random checkpoint with tokenizer and chat template, from a config.json"
+    )
+    command.add_argument("config_json", type=Path, help="e.g. configs/models/tiny_vila.json")
+    command.add_argument("out", type=Path, help="new folder")
+    command.add_argument("--seed", type=int, default=0, help="of the random weights (default 0)")
+    command.add_argument(
+        "--corpus", type=Path, help="text that the tokenizer learns from (without: single bytes)"
+    )
+    command.set_defaults(run=_run_init)
+
+    command = commands.add_parser(
+        "from-hf", help="check a downloaded folder and write a copy that is equal byte by byte"
+    )
+    command.add_argument("folder", type=Path, help="downloaded Hugging Face folder")
+    command.add_argument("out", type=Path, help="new folder")
+    command.set_defaults(run=_run_from_hf)
+
+    command = commands.add_parser(
+        "to-hf", help="write a folder for others: another type, or the language model alone"
+    )
+    command.add_argument("folder", type=Path, help="folder of `init`, `from-hf` or a run's export")
+    command.add_argument("out", type=Path, help="new folder")
+    command.add_argument(
+        "--dtype", default="", help=f"{', '.join(DTYPES)} (default: each tensor keeps its own)"
+    )
+    command.add_argument(
+        "--text-only", action="store_true", help="the language model alone, as a plain Qwen2 folder"
+    )
+    command.add_argument(
+        "--shard-gib", type=float, default=4.0, help="largest tensor file, in GiB (default 4)"
+    )
+    command.set_defaults(run=_run_to_hf)
+
+    command = commands.add_parser("inspect", help="say what a folder holds, without reading arrays")
+    command.add_argument("folder", type=Path)
+    command.set_defaults(run=lambda args: inspect(args.folder))
+    return parser
+
+
+def _run_init(args: argparse.Namespace) -> Iterator[str]:
+    if args.corpus is not None and not args.corpus.is_file():
+        raise ValueError(f"--corpus={args.corpus} is no file; longrl_jax.data.synthetic writes one")
+    init(args.config_json, args.out, seed=args.seed, corpus=args.corpus)
+    yield from inspect(args.out)
+
+
+def _run_from_hf(args: argparse.Namespace) -> Iterator[str]:
+    count = from_hf(args.folder, args.out)
+    yield f"{args.out}: {count} tensors, each equal to its source byte by byte"
+
+
+def _run_to_hf(args: argparse.Namespace) -> Iterator[str]:
+    if not args.shard_gib > 0:
+        raise ValueError(f"--shard-gib={args.shard_gib:g} must be positive")
+    to_hf(
+        args.folder,
+        args.out,
+        dtype=args.dtype,
+        text_only=args.text_only,
+        shard_gib=args.shard_gib,
+    )
+    yield from inspect(args.out)
+
+
+if __name__ == "__main__":
+    main()
