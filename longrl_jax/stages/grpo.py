@@ -1,0 +1,184 @@
+"""GRPO on questions about videos: sample, score, compare within the group, update, push.
+
+Source: arXiv:2402.03300 (GRPO), arXiv:2507.07966 section 4 (MR-SP: one encoding of a video serves
+the rollouts, the reference and the update).
+"""
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float
+
+import rollout_bridge
+from longrl_jax import rewards
+from longrl_jax.advantages import ADVANTAGES
+from longrl_jax.config import Config, pick
+from longrl_jax.data.refused import RefusedLog
+from longrl_jax.metrics import Phases, RunLog, averages
+from longrl_jax.stages import policy as opened
+from longrl_jax.stages import questions, update
+from longrl_jax.stages.evaluation import evaluate, scored
+from longrl_jax.stages.policy import Policy
+from longrl_jax.types import Prompt, Rollout
+
+SHOWN = ("reward/total", "loss", "gap/max", "time/step_s")
+
+
+def run(cfg: Config) -> None:
+    """Trains model.path with GRPO and leaves metrics, rollouts, scores and an export in run.dir."""
+    folder = Path(cfg.run.dir)
+    policy, state = opened.open_policy(cfg)
+    encoder = opened.open_encoder(policy, state)
+    to_inputs = opened.make_prompt_embedder(policy, smallest_bucket=cfg.batch.smallest_bucket)
+    reference = opened.open_reference(cfg, policy, state)
+    pass_logps = update.make_pass_logps(cfg, policy)
+    train_step = update.make_grpo_update(cfg, policy, state)
+    advantage = pick(ADVANTAGES, cfg.algorithm.advantage, "algorithm.advantage")
+    phases = Phases()
+    with contextlib.ExitStack() as stack:
+        refused = stack.enter_context(RefusedLog(folder / "refused.jsonl"))
+        embed = stack.enter_context(questions.open_embedder(cfg, encoder, refused, phases))
+        engines = stack.enter_context(opened.open_engines(cfg, policy))
+        log = stack.enter_context(RunLog(folder, cfg.run.num_steps, name="grpo"))
+        held_out = questions.validation(cfg, policy, refused) if cfg.data.validation else []
+        opened.push(engines, policy, state, version=0)
+        empty_steps = 0
+        for number, asked in questions.training(cfg, policy, refused):
+            kept, features = embed(asked, number)
+            values: dict[str, Any] = {}
+            empty_steps = questions.count_empty(kept, empty_steps, refused)
+            if kept:
+                with phases.phase("embed"):
+                    embeddings = to_inputs(state, kept, features)
+                with phases.phase("rollout"):
+                    groups = roll_out(cfg, engines, kept, embeddings, number=number)
+                with phases.phase("reward"):
+                    reward_GR, valid_GR, parts, texts = judge(cfg, policy, groups)
+                    advantage_GR = advantage(reward_GR, valid_GR)
+                with phases.phase("batch"):
+                    passes = update.make_passes(cfg, policy, groups, features, list(advantage_GR))
+                reference_nBA = None
+                if reference is not None:
+                    with phases.phase("logps"):
+                        reference_nBA = jax.block_until_ready(pass_logps(reference, passes)[0])
+                with phases.phase("update"):
+                    state, stats = train_step(state, passes, reference_nBA)
+                    means = averages(jax.device_get(stats))
+                update.stop_if_not_finite(means, number=number)
+                with phases.phase("push"):
+                    opened.push(engines, policy, state, version=number)
+                values = means | reward_values(reward_GR, valid_GR, parts, groups)
+                log.rollouts(number, answer_rows(groups, texts, parts, advantage_GR))
+            counts = {
+                "groups": len(kept),
+                "refused": refused.count,
+                "compilations": train_step.num_compilations + pass_logps.num_compilations,
+            }
+            log.step(number, values | counts | phases.take(), shown=SHOWN)
+            last = number == cfg.run.num_steps
+            if held_out and (last or number % (cfg.run.eval_every or number + 1) == 0):
+                inputs = functools.partial(to_inputs, state)
+                scores = evaluate(cfg, policy, engines, held_out, embed, inputs, step=number)
+                log.evaluation(number, scores)
+                phases.take()  # an evaluation's seconds belong to no step
+        if cfg.run.export:
+            opened.export(policy, state, folder / "export")
+
+
+def roll_out(
+    cfg: Config,
+    engines: Sequence[rollout_bridge.Engine],
+    asked: Sequence[Prompt],
+    embeddings: Sequence[np.ndarray],
+    *,
+    number: int,
+) -> list[Rollout]:
+    """Draws rollout.num_samples answers to every prompt; seeds depend on (seed, step, place)."""
+    samples = rollout_bridge.generate_all(
+        engines,
+        embeddings,
+        num_samples=cfg.rollout.num_samples,
+        temperature=cfg.rollout.temperature,
+        max_tokens=cfg.rollout.max_tokens,
+        seeds=[sample_seed(cfg.seed, number, place) for place in range(len(asked))],
+    )
+    return [
+        Rollout(prompt=prompt, samples=drawn, policy_version=number - 1)
+        for prompt, drawn in zip(asked, samples, strict=True)
+    ]
+
+
+def sample_seed(seed: int, number: int, place: int) -> int:
+    """Returns the seed of a group's first sample; sample r has that plus r. 0 to 2**31 - 1."""
+    return int(np.random.SeedSequence([seed, number, place]).generate_state(1)[0] >> 1)
+
+
+def judge(
+    cfg: Config, policy: Policy, groups: Sequence[Rollout]
+) -> tuple[
+    Float[np.ndarray, "G R"], Bool[np.ndarray, "G R"], list[rewards.Parts | None], list[str]
+]:
+    """Scores all samples of a step at once: totals (0 where invalid), validity, parts, texts."""
+    items = [scored(g.prompt, sample, policy) for g in groups for sample in g.samples]
+    parts = rewards.score(items, cfg.rewards)
+    shape = len(groups), cfg.rollout.num_samples
+    valid_GR = np.array([p is not None for p in parts]).reshape(shape)
+    reward_GR = np.array([0.0 if p is None else p["total"] for p in parts]).reshape(shape)
+    return reward_GR, valid_GR, parts, [item.text for item in items]
+
+
+def reward_values(
+    reward_GR: Float[np.ndarray, "G R"],
+    valid_GR: Bool[np.ndarray, "G R"],
+    parts: Sequence[rewards.Parts | None],
+    groups: Sequence[Rollout],
+) -> dict[str, float]:
+    """Returns means of every reward part, and what says whether there is anything to learn from.
+
+    `reward/mixed` is the share of groups whose valid rewards differ: the others have no gradient.
+    """
+    known = [p for p in parts if p is not None]
+    values = {f"reward/{k}": float(np.mean([p[k] for p in known])) for k in (known or [{}])[0]}
+    lengths = [len(sample.tokens) for g in groups for sample in g.samples]
+    cut = [sample.finish_reason == "length" for g in groups for sample in g.samples]
+    spread = [
+        np.ptp(r[v]) > 0 if v.any() else False for r, v in zip(reward_GR, valid_GR, strict=True)
+    ]
+    return values | {
+        "reward/mixed": float(np.mean(spread)),
+        "reward/invalid": float(1 - valid_GR.mean()),
+        "answer/tokens": float(np.mean(lengths)),
+        "answer/cut_off": float(np.mean(cut)),
+    }
+
+
+def answer_rows(
+    groups: Sequence[Rollout],
+    texts: Sequence[str],
+    parts: Sequence[rewards.Parts | None],
+    advantage_GR: Float[np.ndarray, "G R"],
+) -> list[dict[str, Any]]:
+    """Returns a line for every sample, so that a person can read what the policy says."""
+    rows, flat = [], iter(zip(texts, parts, strict=True))
+    for group, advantages in zip(groups, advantage_GR, strict=True):
+        example = group.prompt.example
+        for sample, advantage in zip(group.samples, advantages, strict=True):
+            text, judged = next(flat)
+            rows.append(
+                {
+                    "id": example.id,
+                    "kind": example.kind,
+                    "answer": example.answer,
+                    "text": text,
+                    "reward": judged,
+                    "advantage": float(advantage),
+                    "finish_reason": sample.finish_reason,
+                    "seed": sample.seed,
+                }
+            )
+    return rows

@@ -1,0 +1,175 @@
+"""The questions of every step: read by index, tokenized, their videos embedded; bad ones refused.
+
+A refused record is counted, written to refused.jsonl and leaves its place empty.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longrl_jax import encode
+from longrl_jax.config import Config, pick
+from longrl_jax.data import SOURCES, loader, prompts
+from longrl_jax.data.refused import RefusedLog
+from longrl_jax.data.video import DecoderPool
+from longrl_jax.metrics import Phases
+from longrl_jax.stages.policy import Policy
+from longrl_jax.types import Example, Prompt
+from rollout_bridge import VideoStore
+
+MAX_EMPTY_STEPS = 3
+"""Steps in a row without a single usable record after which a run stops: the data are wrong."""
+
+Embed = Callable[[Sequence[Prompt], int], tuple[list[Prompt], list[np.ndarray | None]]]
+
+
+def training(
+    cfg: Config, policy: Policy, refused: RefusedLog, *, first_step: int = 0
+) -> Iterator[tuple[int, list[Prompt]]]:
+    """Yields (step, prompts) of every step after first_step; steps are numbered from 1."""
+    source = pick(SOURCES, cfg.data.source, "data.source")(Path(cfg.data.root), cfg.data.train)
+    steps = loader.prompts(
+        source,
+        prompt_encoder(cfg, policy, with_target=cfg.stage == "sft"),
+        seed=cfg.seed,
+        groups=cfg.batch.groups,
+        first_step=first_step,
+        num_steps=cfg.run.num_steps - first_step,
+        workers=cfg.data.loader_workers,
+        on_refused=refused.add,
+    )
+    with contextlib.closing(steps):
+        for number, asked in enumerate(steps, start=first_step + 1):
+            yield number, [prompt for prompt in asked if prompt is not None]
+
+
+def validation(cfg: Config, policy: Policy, refused: RefusedLog) -> list[Prompt]:
+    """Returns the first run.eval_examples prompts of data.validation."""
+    source = pick(SOURCES, cfg.data.source, "data.source")(Path(cfg.data.root), cfg.data.validation)
+    indices = range(min(cfg.run.eval_examples, len(source)))
+    asked = loader.prompts_at(source, prompt_encoder(cfg, policy), indices, on_refused=refused.add)
+    return [prompt for prompt in asked if prompt is not None]
+
+
+def prompt_encoder(
+    cfg: Config, policy: Policy, *, with_target: bool = False
+) -> Callable[[Example], Prompt]:
+    """Returns `example -> Prompt` of this checkpoint and this config; it travels to workers.
+
+    It refuses what leaves no room for the answers; with_target: for the reference answer (SFT).
+    """
+    encode_prompt = functools.partial(
+        prompts.encode_prompt,
+        tokenizer=policy.tokenizer,
+        layout=policy.layout,
+        num_frames=cfg.data.num_frames,
+        fps=cfg.data.fps,
+        decoder=cfg.data.decoder,
+        template=cfg.data.template,
+        root=Path(cfg.data.root),
+    )
+    if with_target:
+        return functools.partial(
+            _with_target,
+            encode_prompt=encode_prompt,
+            tokenizer=policy.tokenizer,
+            template=cfg.data.template,
+            max_row_tokens=cfg.batch.max_row_tokens,
+        )
+    num_samples = cfg.rollout.num_samples if cfg.stage == "grpo" else 1
+    most = min(
+        cfg.rollout.max_model_len - cfg.rollout.max_tokens,
+        cfg.batch.max_row_tokens + 1 - num_samples * cfg.rollout.max_tokens,
+    )
+    return functools.partial(_with_room, encode_prompt=encode_prompt, max_prompt_tokens=most)
+
+
+@contextlib.contextmanager
+def open_embedder(
+    cfg: Config, encoder: encode.Encoder | None, refused: RefusedLog, phases: Phases
+) -> Iterator[Embed]:
+    """Yields embed(asked, step) -> (prompts whose videos could be read, their features [M, C]).
+
+    Owns the decoder processes and the handle on the store for as long as the context lasts.
+    """
+    if encoder is None:
+        yield lambda asked, step: (list(asked), [None] * len(asked))
+        return
+    with contextlib.ExitStack() as stack:
+        store = VideoStore(cfg.store.path, int(cfg.store.max_gib * 2**30))
+        stack.callback(store.close)
+        pool = stack.enter_context(
+            DecoderPool(cfg.data.decoder_processes, timeout_s=cfg.data.decode_timeout_s)
+        )
+        yield functools.partial(_embed, encoder, store, pool, cfg.data.decoder, refused, phases)
+
+
+def count_empty(groups: Sequence[Any], empty_steps: int, refused: RefusedLog) -> int:
+    """Returns how many steps in a row had no group, this one counted; too many stop the run."""
+    if groups:
+        return 0
+    if empty_steps + 1 == MAX_EMPTY_STEPS:
+        raise ValueError(
+            f"every record of {MAX_EMPTY_STEPS} steps in a row was refused; the reasons are in "
+            f"{refused.path}. Check data.root, data.train and data.num_frames"
+        )
+    return empty_steps + 1
+
+
+def _embed(
+    encoder: encode.Encoder,
+    store: VideoStore,
+    pool: DecoderPool,
+    decoder: str,
+    refused: RefusedLog,
+    phases: Phases,
+    asked: Sequence[Prompt],
+    step: int,
+) -> tuple[list[Prompt], list[np.ndarray | None]]:
+    features, bad = encode.embed(encoder, asked, store, pool, decoder=decoder, clock=phases.add)
+    kept = []
+    for prompt in asked:
+        errors = [bad[m.key] for m in prompt.media if m.key in bad]
+        if errors:
+            refused.add(prompt.example, errors[0], step=step)
+        else:
+            kept.append(prompt)
+    return kept, [encode.features_of(prompt, features) for prompt in kept]
+
+
+def _with_room(
+    example: Example, *, encode_prompt: Callable[[Example], Prompt], max_prompt_tokens: int
+) -> Prompt:
+    """Refuses a prompt that leaves no room for its answers, before its video is decoded."""
+    prompt = encode_prompt(example)
+    if len(prompt.tokens) > max_prompt_tokens:
+        raise ValueError(
+            f"the prompt of {example.id!r} has {len(prompt.tokens)} tokens, but only "
+            f"{max_prompt_tokens} leave room for the answers; raise rollout.max_model_len and "
+            "batch.max_row_tokens, or lower data.num_frames or rollout.max_tokens"
+        )
+    return prompt
+
+
+def _with_target(
+    example: Example,
+    *,
+    encode_prompt: Callable[[Example], Prompt],
+    tokenizer: Any,
+    template: str,
+    max_row_tokens: int,
+) -> Prompt:
+    """Refuses a prompt without a reference answer, or with one that is too long."""
+    target = prompts.answer_tokens(prompts.target_text(example, template), tokenizer)
+    prompt = encode_prompt(example)
+    num_tokens = len(prompt.tokens) + len(target) - 1
+    if num_tokens > max_row_tokens:
+        raise ValueError(
+            f"prompt and reference answer of {example.id!r} take {num_tokens} tokens, over "
+            f"batch.max_row_tokens={max_row_tokens}; raise that, or lower data.num_frames"
+        )
+    return prompt

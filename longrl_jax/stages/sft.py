@@ -1,0 +1,77 @@
+"""CoT-SFT: maximum likelihood on reference reasoning and answers.
+
+Source: arXiv:2507.07966 section 3 (stage 1, Long-CoT-SFT). A reference answer is a group of one
+sample with advantage 1, so SFT and RL share rows, update and sharding.
+"""
+
+import contextlib
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from longrl_jax.config import Config
+from longrl_jax.data import prompts as prompt_text
+from longrl_jax.data.refused import RefusedLog
+from longrl_jax.metrics import Phases, RunLog, averages
+from longrl_jax.stages import policy as opened
+from longrl_jax.stages import questions, update
+from longrl_jax.stages.evaluation import evaluate
+from longrl_jax.stages.policy import Policy
+from longrl_jax.types import Prompt, Rollout, Sample
+
+SHOWN = ("loss", "grad_norm", "time/step_s")
+
+
+def run(cfg: Config) -> None:
+    """Fine-tunes model.path and leaves metrics, scores and an export in run.dir."""
+    folder = Path(cfg.run.dir)
+    policy, state = opened.open_policy(cfg)
+    encoder = opened.open_encoder(policy, state)
+    train_step = update.make_sft_update(cfg, policy, state)
+    phases = Phases()
+    with contextlib.ExitStack() as stack:
+        refused = stack.enter_context(RefusedLog(folder / "refused.jsonl"))
+        embed = stack.enter_context(questions.open_embedder(cfg, encoder, refused, phases))
+        log = stack.enter_context(RunLog(folder, cfg.run.num_steps, name="sft"))
+        empty_steps = 0
+        for number, asked in questions.training(cfg, policy, refused):
+            kept, features = embed(asked, number)
+            groups = [reference_group(prompt, policy, cfg.data.template) for prompt in kept]
+            means: dict[str, float] = {}
+            empty_steps = questions.count_empty(groups, empty_steps, refused)
+            if groups:
+                with phases.phase("update"):
+                    weights = [np.ones(1, np.float32)] * len(groups)
+                    passes = update.make_passes(cfg, policy, groups, features, weights)
+                    state, stats = train_step(state, passes)
+                    means = averages(jax.device_get(stats))
+                update.stop_if_not_finite(means, number=number)
+            counts = {
+                "groups": len(groups),
+                "refused": refused.count,
+                "compilations": train_step.num_compilations,
+            }
+            log.step(number, means | counts | phases.take(), shown=SHOWN)
+        if cfg.run.export:
+            opened.export(policy, state, folder / "export")
+        if cfg.data.validation:
+            held_out = questions.validation(cfg, policy, refused)
+            to_inputs = opened.make_prompt_embedder(
+                policy, smallest_bucket=cfg.batch.smallest_bucket
+            )
+            engines = stack.enter_context(opened.open_engines(cfg, policy))
+            opened.push(engines, policy, state, version=cfg.run.num_steps)
+            inputs = functools.partial(to_inputs, state)
+            scores = evaluate(cfg, policy, engines, held_out, embed, inputs, step=cfg.run.num_steps)
+            log.evaluation(cfg.run.num_steps, scores)
+
+
+def reference_group(prompt: Prompt, policy: Policy, template: str) -> Rollout:
+    """Returns the reference answer as the only sample of a group."""
+    text = prompt_text.target_text(prompt.example, template)
+    tokens = prompt_text.answer_tokens(text, policy.tokenizer)
+    no_logps = np.zeros(len(tokens), np.float32)  # no engine drew it
+    sample = Sample(tokens=tokens, logps=no_logps, finish_reason="stop", seed=0)
+    return Rollout(prompt=prompt, samples=(sample,), policy_version=0)

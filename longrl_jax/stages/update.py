@@ -1,0 +1,105 @@
+"""From groups to an update: rows in passes on the mesh, the loss of the config, the NaN stop."""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from longrl_jax import batching, step
+from longrl_jax.config import Config, pick
+from longrl_jax.losses import KL_ESTIMATORS, LOSSES
+from longrl_jax.optimizer import make_optimizer
+from longrl_jax.stages.policy import Policy
+from longrl_jax.types import Batch, Rollout
+
+
+def make_passes(
+    cfg: Config,
+    policy: Policy,
+    groups: Sequence[Rollout],
+    features: Sequence[np.ndarray | None],
+    advantages: Sequence[np.ndarray],
+) -> Batch:
+    """Lays a step's groups out as rows, one a group, and places them on the mesh in passes."""
+    rows, _ = batching.make_batch(
+        groups,
+        features=features,
+        advantages=advantages,
+        num_rows=num_rows(cfg),
+        num_shards=cfg.mesh.seq,
+        smallest_bucket=cfg.batch.smallest_bucket,
+        max_row_tokens=cfg.batch.max_row_tokens,
+    )
+    return batching.place(batching.split_passes(rows, cfg.batch.rows_per_pass), policy.mesh)
+
+
+def num_rows(cfg: Config) -> int:
+    """Returns the rows of a step: batch.groups, rounded up to whole passes over the devices."""
+    whole = cfg.batch.rows_per_pass or cfg.mesh.data * cfg.mesh.fsdp
+    return math.ceil(cfg.batch.groups / whole) * whole
+
+
+def make_token_logps(cfg: Config, policy: Policy, *, temperature: float) -> step.TokenLogps:
+    """Returns log p of the targets under the distribution that the engine samples from."""
+    return step.make_token_logps(
+        policy.graphdef,
+        temperature=temperature,
+        banned_tokens=policy.banned_tokens,
+        remat=cfg.model.remat,
+        compute_dtype=policy.compute_dtype,
+        stage=policy.stage,
+    )
+
+
+def make_grpo_update(cfg: Config, policy: Policy, state: step.TrainState) -> step.TrainStep:
+    """Returns the update of the config's loss, with its KL term and the engine's gap."""
+    algorithm = cfg.algorithm
+    loss = functools.partial(
+        pick(LOSSES, algorithm.loss, "algorithm.loss"),
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+        clip_dual=algorithm.clip_dual,
+    )
+    return step.make_train_step(
+        make_token_logps(cfg, policy, temperature=cfg.rollout.temperature),
+        loss,
+        make_optimizer(cfg.optimizer, cfg.run.num_steps),
+        shardings=step.state_shardings(state),
+        mesh=policy.mesh,
+        kl=algorithm.kl,
+        kl_estimator=pick(KL_ESTIMATORS, algorithm.kl_estimator, "algorithm.kl_estimator"),
+    )
+
+
+def make_sft_update(cfg: Config, policy: Policy, state: step.TrainState) -> step.TrainStep:
+    """Returns the update of maximum likelihood on the reference answers."""
+    return step.make_train_step(
+        make_token_logps(cfg, policy, temperature=1.0),
+        LOSSES["nll"],
+        make_optimizer(cfg.optimizer, cfg.run.num_steps),
+        shardings=step.state_shardings(state),
+        mesh=policy.mesh,
+        engine_gap=False,
+    )
+
+
+def make_pass_logps(cfg: Config, policy: Policy) -> step.CountedJit:
+    """Returns (params, passes) -> (log p of the targets, entropy), both [n, B, A]."""
+    token_logps = make_token_logps(cfg, policy, temperature=cfg.rollout.temperature)
+    return step.make_pass_logps(token_logps, mesh=policy.mesh)
+
+
+def stop_if_not_finite(means: Mapping[str, float], *, number: int) -> None:
+    """Raises FloatingPointError that names what is NaN or infinite, and the step.
+
+    The update of that step has changed nothing (step.make_train_step), so the state is the one
+    before it.
+    """
+    bad = [name for name in ("loss", "grad_norm") if not math.isfinite(means[name])]
+    if bad:
+        raise FloatingPointError(
+            f"step {number}: {' and '.join(bad)} not finite "
+            f"({', '.join(f'{name}={means[name]}' for name in bad)}); the weights are those of "
+            f"step {number - 1}. Lower optimizer.learning_rate or optimizer.max_grad_norm"
+        )

@@ -1,0 +1,58 @@
+"""Real mp4 files, one of them damaged, and a tiny random VILA, shared by the tests here."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from longrl_jax import config, convert
+from longrl_jax.data import synthetic
+
+ROOT = Path(__file__).parents[2]
+NUM_CLIPS, NUM_VALIDATION_CLIPS = 4, 2
+BROKEN_ID = "broken"
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with data/ (train, validation; one train record's file is no video) and init/."""
+    folder = tmp_path_factory.mktemp("world")
+    data = folder / "data"
+    synthetic.main(
+        [str(data), f"--clips={NUM_CLIPS}", f"--validation={NUM_VALIDATION_CLIPS}", "--seed=5"]
+    )
+    (data / "videos" / "broken.mp4").write_bytes(b"this is no film" * 100)
+    with (data / "train.jsonl").open("a") as file:
+        record = json.loads((data / "train.jsonl").read_text().splitlines()[0])
+        file.write(json.dumps(record | {"id": BROKEN_ID, "video": "videos/broken.mp4"}) + "\n")
+    convert.main(
+        [
+            "init",
+            str(ROOT / "configs" / "models" / "tiny_vila.json"),
+            str(folder / "init"),
+            f"--corpus={data / 'corpus.txt'}",
+        ]
+    )
+    return folder
+
+
+@pytest.fixture
+def configured(world, tmp_path):
+    """configured(name, *overrides) -> the config `name` of configs/, made small, on 8 devices."""
+
+    def load(name: str, *overrides: str) -> config.Config:
+        small = [
+            f"model.path={world / 'init'}",
+            f"data.root={world / 'data'}",
+            f"store.path={world / 'store'}",
+            f"run.dir={tmp_path / 'run'}",
+            "data.num_frames=8",
+            "mesh={seq: 4, fsdp: 2, simulated: true}",
+            "batch={groups: 4, max_row_tokens: 512, smallest_bucket: 64}",
+            "rollout={num_samples: 4, dtype: float32, max_tokens: 12, max_model_len: 256}",
+            "run.num_steps=3",
+            "run.eval_examples=4",
+        ]
+        return config.load(ROOT / "configs" / name, [*small, *overrides])
+
+    return load
