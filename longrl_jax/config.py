@@ -161,6 +161,9 @@ class RolloutConfig:
     """Devices (or CPU processes) of one engine."""
     process: str = "inline"
     """inline: vLLM in the learner's process; worker: in processes of its own, shared memory."""
+    python: str = ""
+    """Interpreter of the worker processes, where vLLM lives in an environment of its own (as beside
+    the cuda12 extra); that environment needs longrl_jax's packages too. Empty: the learner's."""
     dtype: str = "bfloat16"
     """float32 or bfloat16: what the engine computes in."""
     kv_cache_gib: float = 1.0
@@ -184,6 +187,8 @@ class RolloutConfig:
             raise ValueError(
                 f"rollout.tensor_parallel={self.tensor_parallel} needs rollout.process=worker"
             )
+        if self.python and self.process == "inline":
+            raise ValueError(f"rollout.python={self.python!r} needs rollout.process=worker")
         if self.max_tokens >= self.max_model_len:
             raise ValueError(
                 f"rollout.max_tokens={self.max_tokens} leaves no room for a prompt in "

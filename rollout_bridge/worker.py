@@ -50,15 +50,10 @@ class WorkerEngine:
         self.cfg = cfg
         self.version: int | None = 0
         self.shapes = weight_sync.expected_shapes(llm_dir)
-        self._shared = SharedFile()
         mine, theirs = socket.socketpair()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "rollout_bridge.worker", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            env=_environment(cfg, replica),
-            stdin=subprocess.DEVNULL,
-        )
-        theirs.close()
+        with theirs:
+            self._process = _start(cfg, replica, theirs.fileno())
+        self._shared = SharedFile()
         self._connection = Connection(mine.detach())
         self._send("start", str(llm_dir), cfg, seed, tuple(banned_tokens), tuple(stop_tokens))
         if wait:
@@ -176,6 +171,22 @@ class WorkerEngine:
         ) from None
 
 
+def _start(cfg: RolloutConfig, replica: int, connection_fd: int) -> subprocess.Popen:
+    python = cfg.python or sys.executable
+    try:
+        return subprocess.Popen(
+            [python, "-m", "rollout_bridge.worker", str(connection_fd)],
+            pass_fds=[connection_fd],
+            env=_environment(cfg, replica),
+            stdin=subprocess.DEVNULL,
+        )
+    except OSError as error:
+        raise ValueError(
+            f"rollout.python={cfg.python!r} cannot be started ({error.strerror}); name the "
+            "interpreter of an environment that holds vllm"
+        ) from None
+
+
 def _environment(cfg: RolloutConfig, replica: int) -> dict[str, str]:
     """The learner's environment, and what only a worker needs."""
     root = str(Path(__file__).parents[1])
@@ -185,10 +196,23 @@ def _environment(cfg: RolloutConfig, replica: int) -> dict[str, str]:
         "PYTHONPATH": root if not path else f"{root}{os.pathsep}{path}",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # this process is the engine's
         "JAX_PLATFORMS": "cpu",  # records come from a file that imports jax; no device is made
+        "CUDA_VISIBLE_DEVICES": _gpus(cfg, replica, os.environ.get("CUDA_VISIBLE_DEVICES", "")),
     }
     if cfg.tensor_parallel > 1:
         env["VLLM_CPU_OMP_THREADS_BIND"] = _cpu_binding(cfg, replica)
     return env
+
+
+def _gpus(cfg: RolloutConfig, replica: int, visible: str) -> str:
+    """GPUs of a replica: the next tensor_parallel ones of those that the learner may see."""
+    first, last = replica * cfg.tensor_parallel, (replica + 1) * cfg.tensor_parallel
+    names = visible.split(",") if visible else list(map(str, range(last)))
+    if len(names) < last:
+        raise ValueError(
+            f"rollout.replicas={cfg.replicas} times rollout.tensor_parallel={cfg.tensor_parallel} "
+            f"wants more GPUs than CUDA_VISIBLE_DEVICES={visible} names"
+        )
+    return ",".join(names[first:last])
 
 
 def _cpu_binding(cfg: RolloutConfig, replica: int) -> str:

@@ -49,6 +49,7 @@ def test_the_resolved_config_is_a_config(path, tmp_path):
         ("model.frozen=[vision, text, projector]", "nothing is left to train"),
         ("model.frozen=[tower]", "model.frozen='tower' is unknown"),
         ("rollout.tensor_parallel=2", "needs rollout.process=worker"),
+        ("rollout.python=other/bin/python", "needs rollout.process=worker"),
         ("rollout.max_tokens=5000", "leaves no room for a prompt"),
         ("optimizer.learning_rate=fast", "optimizer.learning_rate wants a number, got 'fast'"),
         ("rewards={}", "rewards is empty"),

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 
+import clips
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from data import clips
 from longrl_jax import encode
 from longrl_jax.data import video
 from longrl_jax.models import projector, qwen2, siglip, vila

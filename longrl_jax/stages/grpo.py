@@ -73,6 +73,7 @@ def run(cfg: Config) -> None:
                 with phases.phase("push"):
                     opened.push(engines, policy, state, version=number)
                 values = means | reward_values(reward_GR, valid_GR, parts, groups)
+                values |= prefix_cache_values(engines)
                 log.rollouts(number, answer_rows(groups, texts, parts, advantage_GR))
             counts = {
                 "groups": len(kept),
@@ -155,6 +156,16 @@ def reward_values(
         "answer/tokens": float(np.mean(lengths)),
         "answer/cut_off": float(np.mean(cut)),
     }
+
+
+def prefix_cache_values(engines: Sequence[rollout_bridge.Engine]) -> dict[str, float]:
+    """Returns the share of prompt tokens, since the run began, that no engine had to prefill.
+
+    R samples of one prompt of P tokens share (R-1) * floor((P-1) / block) * block of R * P.
+    """
+    stats = [engine.prefix_cache_stats() for engine in engines]
+    hits, queries = (sum(stat[name] for stat in stats) for name in ("hits", "queries"))
+    return {"rollout/prefix_hits": hits / max(queries, 1)}
 
 
 def answer_rows(

@@ -29,7 +29,7 @@ from tiny_qwen2 import (
 )
 
 import rollout_bridge
-from rollout_bridge.worker import WorkerEngine, _cpu_binding
+from rollout_bridge.worker import WorkerEngine, _cpu_binding, _gpus
 
 HANG_S = 120  # longer than anything here takes; only a hang reaches it
 SETTINGS = {"seed": 0, "banned_tokens": BANNED, "stop_tokens": STOP}
@@ -239,3 +239,34 @@ def test_a_request_error_leaves_the_worker_running(make_engine):
         greedy(engine, [np.zeros(600, np.int32)])
     assert greedy(engine, [fresh_prompt(8)])
     assert engine.pid == pid
+
+
+@pytest.mark.parametrize(("visible", "want"), [("", ["0,1", "2,3"]), ("4,5,6,7", ["4,5", "6,7"])])
+def test_replicas_get_gpus_of_their_own(visible, want):
+    cfg = dataclasses.replace(CFG, process="worker", tensor_parallel=2, replicas=2)
+    assert [_gpus(cfg, replica, visible) for replica in (0, 1)] == want
+    with pytest.raises(ValueError, match="more GPUs than CUDA_VISIBLE_DEVICES=8,9 names"):
+        _gpus(cfg, 1, "8,9")
+
+
+def test_an_interpreter_that_is_not_there_is_named(checkpoints):
+    cfg = dataclasses.replace(CFG, process="worker", python="no/such/python")
+    with pytest.raises(ValueError, match=r"rollout\.python='no/such/python' cannot be started"):
+        WorkerEngine(checkpoints["tied", 0], cfg=cfg, **SETTINGS)
+
+
+@pytest.mark.slow
+def test_a_worker_runs_in_the_environment_that_the_config_names(checkpoints, tmp_path):
+    """A link to this interpreter, in an environment that sees the same packages."""
+    other = tmp_path / "python"
+    other.write_text(
+        f'#!/bin/sh\necho "$0" >> "{tmp_path}/started"\nexec "{sys.executable}" "$@"\n'
+    )
+    other.chmod(0o755)
+    cfg = dataclasses.replace(CFG, process="worker", python=str(other))
+    engine = WorkerEngine(checkpoints["tied", 0], cfg=cfg, **SETTINGS)
+    try:
+        assert sample(engine, [fresh_prompt(9)])[0][0].tokens.size
+    finally:
+        engine.close()
+    assert (tmp_path / "started").read_text().strip() == str(other)
