@@ -77,18 +77,23 @@ def make_batch(
     smallest_bucket: int,
     max_row_tokens: int,
     groups_per_row: int = 1,
+    share_videos: bool = True,
     order: str = "spread",
 ) -> tuple[Batch, Index]:
     """Lays rollouts out in num_rows rows; rows that stay empty are padding.
 
     features: for each rollout the stored rows of its media tokens, in order [M, C]. Rollouts with
-    the same media share their common prefix in one segment where that saves tokens; up to
+    the same media share their common prefix in one segment where share_videos and that saves
+    tokens (worth it where fewer tokens in all mean fewer rows); up to
     groups_per_row segments share a row. Both parts of a row (prefixes, branches) are padded to
     `bucket`s, so that few shapes occur. `order` is a name in ORDERS.
     """
     place_in = pick(ORDERS, order, "order")
     _check(rollouts, features, advantages, max_row_tokens)
-    rows = _pack(_segments(rollouts, max_row_tokens), rollouts, groups_per_row, max_row_tokens)
+    segments = (
+        _segments(rollouts, max_row_tokens) if share_videos else [[i] for i in range(len(rollouts))]
+    )
+    rows = _pack(segments, rollouts, groups_per_row, max_row_tokens)
     if len(rows) > num_rows:
         raise ValueError(
             f"{len(rollouts)} groups need {len(rows)} rows, but num_rows={num_rows}; "

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ def pick(table: Mapping[str, X], name: str, key: str) -> X:
 
 
 def _positive(key: str, value: float) -> None:
-    if not value > 0:
+    if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{key}={value} must be positive")
 
 
@@ -177,6 +178,11 @@ class RolloutConfig:
         for name in ("num_samples", "temperature", "max_tokens", "replicas", "tensor_parallel"):
             _positive(f"rollout.{name}", getattr(self, name))
         _positive("rollout.kv_cache_gib", self.kv_cache_gib)
+        if self.temperature < 0.01:
+            raise ValueError(
+                f"rollout.temperature={self.temperature} must be at least 0.01: vLLM raises lower "
+                "ones to that, and the learner would divide by another number"
+            )
         _one_of("rollout.process", self.process, ("inline", "worker"))
         _one_of("rollout.dtype", self.dtype, ("float32", "bfloat16"))
         if not 0 < self.gpu_memory_utilization <= 1:
@@ -203,7 +209,8 @@ class AlgorithmConfig:
     advantage: str = "grpo"
     loss: str = "clipped"
     clip_low: float = 0.2
-    """Lower clip of the probability ratio: 1 - clip_low."""
+    """Lower clip of the probability ratio: 1 - clip_low. While a step is one update, the ratio is 1
+    and none of the three clips has an effect."""
     clip_high: float = 0.2
     """Upper clip of the probability ratio: 1 + clip_high."""
     clip_dual: float = 3.0
@@ -243,6 +250,11 @@ class OptimizerConfig:
         _positive("optimizer.learning_rate", self.learning_rate)
         _positive("optimizer.max_grad_norm", self.max_grad_norm)
         _one_of("optimizer.schedule", self.schedule, ("constant", "cosine"))
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.eps > 0):
+            raise ValueError(
+                f"optimizer.beta1={self.beta1} and optimizer.beta2={self.beta2} must be in [0, 1), "
+                f"optimizer.eps={self.eps} positive"
+            )
         if self.warmup_steps < 0 or self.weight_decay < 0:
             raise ValueError("optimizer.warmup_steps and optimizer.weight_decay must be 0 or more")
 
@@ -309,6 +321,19 @@ class Config:
                 f"rollout.num_samples={self.rollout.num_samples}: GRPO compares the answers to one "
                 "prompt, so it needs at least 2"
             )
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be 0 or more")
+        if self.optimizer.warmup_steps > self.run.num_steps:
+            raise ValueError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} is longer than "
+                f"run.num_steps={self.run.num_steps}; lower it"
+            )
+        answers = self.rollout.num_samples * self.rollout.max_tokens
+        if self.stage == "grpo" and answers >= self.batch.max_row_tokens:
+            raise ValueError(
+                f"rollout.num_samples * rollout.max_tokens = {answers} answer tokens leave no room "
+                f"for a prompt in batch.max_row_tokens={self.batch.max_row_tokens}; raise that"
+            )
         if not self.rewards:
             raise ValueError("rewards is empty; name at least one, e.g. rewards: {video_qa: 1.0}")
         rows = self.mesh.data * self.mesh.fsdp
@@ -343,7 +368,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             node = node.setdefault(name, {})
             if not isinstance(node, dict):
                 raise ValueError(f"override {item!r}: {name} is a value, not a section")
-        node[leaf] = yaml.safe_load(text) if text else ""  # "key=" is the empty string
+        try:
+            node[leaf] = yaml.safe_load(text) if text else ""  # "key=" is the empty string
+        except yaml.YAMLError as error:
+            raise ValueError(f"override {item!r} is not valid YAML: {error}") from None
     return _build(Config, tree, where="")
 
 

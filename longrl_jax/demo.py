@@ -48,7 +48,8 @@ def main() -> None:
 
 
 def steps(number: int | None) -> list[str]:
-    return [] if number is None else [f"run.num_steps={number}"]
+    """Overrides for a shorter or longer stage; a warm-up would outlast a short one."""
+    return [] if number is None else [f"run.num_steps={number}", "optimizer.warmup_steps=0"]
 
 
 def move_aside(folder: Path) -> None:

@@ -36,8 +36,8 @@ class Encoder:
     dtype: np.dtype
     stage: str
     """Name of the deepest frozen stage: packed or projected."""
-    weights_digest: str
-    """Of every weight that the stage applies."""
+    digest: str
+    """Of every weight that the stage applies, and of what else its numbers depend on."""
 
 
 def make_encoder(
@@ -49,7 +49,7 @@ def make_encoder(
     width: int,
     dtype: Any,
     mesh: jax.sharding.Mesh,
-    weights_digest: str,
+    digest: str,
     chunk_frames: int = CHUNK_FRAMES,
 ) -> Encoder:
     """Compiles the frozen stages for one fixed number of frames, split over all devices but tensor.
@@ -73,7 +73,7 @@ def make_encoder(
         with jax.set_mesh(mesh):
             return run(frozen, jnp.asarray(frames_FHW3))
 
-    return Encoder(encode, chunk_frames, width, np.dtype(dtype), stage, weights_digest)
+    return Encoder(encode, chunk_frames, width, np.dtype(dtype), stage, digest)
 
 
 def embed(
@@ -94,7 +94,7 @@ def embed(
     media = {m.key: m for prompt in prompts for m in prompt.media}
     names = {
         key: video_cache.entry_key(
-            key, encoder.weights_digest, encoder.stage, encoder.dtype, (m.num_tokens, encoder.width)
+            key, encoder.digest, encoder.stage, encoder.dtype, (m.num_tokens, encoder.width)
         )
         for key, m in media.items()
     }

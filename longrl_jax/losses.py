@@ -73,5 +73,5 @@ def masked_mean(x: Float[Array, "B A"], mask: Bool[Array, "B A"]) -> Float[Array
     return jnp.where(mask, x, 0).sum() / jnp.maximum(mask.sum(), 1)
 
 
-LOSSES: dict[str, Callable[..., tuple[Array, Stats]]] = {"clipped": clipped_surrogate, "nll": nll}
+LOSSES: dict[str, Callable[..., tuple[Array, Stats]]] = {"clipped": clipped_surrogate}
 KL_ESTIMATORS: dict[str, Callable[[Array, Array], Array]] = {"low_variance": low_variance_kl}

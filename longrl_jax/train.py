@@ -18,7 +18,8 @@ The run folder (run.dir) holds
   metrics.jsonl             a line a step: loss, rewards, engine/learner gap, seconds by phase
   rollouts.jsonl            every sampled answer with its reward and advantage (grpo)
   refused.jsonl             records that could not be used, with reasons
-  evaluation.json           scores on data.validation; evaluation_answers.jsonl: every answer
+  evaluation.json           the last scores on data.validation (evaluations.jsonl: all of them,
+                            evaluation_answers.jsonl: every answer of the last)
   export/                   the trained model as a Hugging Face folder
   error.txt                 where a run that failed has failed
 """
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         cfg = config.load(args.config, args.overrides)
         folder = Path(cfg.run.dir)
-        if (folder / "resolved.yaml").exists():
+        if (folder / "metrics.jsonl").exists():
             raise ValueError(
                 f"run.dir={cfg.run.dir} holds another run; choose another folder, e.g. "
                 f"run.dir={cfg.run.dir}_2, or move that one away"
@@ -44,10 +45,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     from longrl_jax.stages import STAGES  # after prepare: it brings JAX
 
     try:
+        check_names(cfg)
         config.pick(STAGES, cfg.stage, "stage")(cfg)
-    except (ValueError, FloatingPointError) as error:
+    except Exception as error:
         (folder / "error.txt").write_text(traceback.format_exc())
+        if not isinstance(error, ValueError | FloatingPointError):  # not the user's: show the trace
+            raise
         sys.exit(f"longrl_jax.train: {error}\n(where: {folder / 'error.txt'})")
+
+
+def check_names(cfg: config.Config) -> None:
+    """Raises ValueError for a name in the config that no table knows, before anything is loaded."""
+    from longrl_jax import advantages, data, losses, rewards
+
+    config.pick(data.SOURCES, cfg.data.source, "data.source")
+    config.pick(advantages.ADVANTAGES, cfg.algorithm.advantage, "algorithm.advantage")
+    config.pick(losses.LOSSES, cfg.algorithm.loss, "algorithm.loss")
+    config.pick(losses.KL_ESTIMATORS, cfg.algorithm.kl_estimator, "algorithm.kl_estimator")
+    for name in cfg.rewards:
+        config.pick(rewards.REWARDS, name, "rewards")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -119,6 +119,8 @@ class Scored:
     text: str
     num_tokens: int
     finish_reason: str
+    template: str = "think"
+    """data.template that the question was asked with: the form that was asked for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -97,6 +97,8 @@ def generate_all(
     num = len(engines)
 
     def part(index: int) -> list[tuple[Sample, ...]]:
+        if not prompts[index::num]:
+            return []
         return engines[index].generate(
             prompts[index::num],
             num_samples=num_samples,

@@ -37,9 +37,12 @@ def entry_key(
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def weights_digest(arrays: Mapping[str, Any]) -> str:
-    """Returns a digest of names, shapes, dtypes and bytes; the mapping's order does not count."""
-    digest = hashlib.sha256()
+def weights_digest(arrays: Mapping[str, Any], *, about: str = "") -> str:
+    """Returns a digest of names, shapes, dtypes and bytes; the mapping's order does not count.
+
+    about: what else the numbers depend on, such as sizes that no array shows.
+    """
+    digest = hashlib.sha256(about.encode())
     for name in sorted(arrays):
         array = np.asarray(arrays[name])
         digest.update(json.dumps([name, str(array.dtype), list(array.shape)]).encode())

@@ -189,30 +189,37 @@ def _start(cfg: RolloutConfig, replica: int, connection_fd: int) -> subprocess.P
 
 def _environment(cfg: RolloutConfig, replica: int) -> dict[str, str]:
     """The learner's environment, and what only a worker needs."""
-    root = str(Path(__file__).parents[1])
-    path = os.environ.get("PYTHONPATH")
     env = {
         **os.environ,
-        "PYTHONPATH": root if not path else f"{root}{os.pathsep}{path}",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # this process is the engine's
         "JAX_PLATFORMS": "cpu",  # records come from a file that imports jax; no device is made
-        "CUDA_VISIBLE_DEVICES": _gpus(cfg, replica, os.environ.get("CUDA_VISIBLE_DEVICES", "")),
     }
+    root, path = Path(__file__).parents[1], os.environ.get("PYTHONPATH")
+    if not cfg.python or (root / "pyproject.toml").exists():  # else packages that are not its own
+        env["PYTHONPATH"] = str(root) if not path else f"{root}{os.pathsep}{path}"
+    if names := _gpus(cfg, replica, _visible_gpus()):
+        env["CUDA_VISIBLE_DEVICES"] = ",".join(names)
     if cfg.tensor_parallel > 1:
         env["VLLM_CPU_OMP_THREADS_BIND"] = _cpu_binding(cfg, replica)
     return env
 
 
-def _gpus(cfg: RolloutConfig, replica: int, visible: str) -> str:
-    """GPUs of a replica: the next tensor_parallel ones of those that the learner may see."""
-    first, last = replica * cfg.tensor_parallel, (replica + 1) * cfg.tensor_parallel
-    names = visible.split(",") if visible else list(map(str, range(last)))
-    if len(names) < last:
+def _visible_gpus() -> list[str]:
+    """GPUs that this process may use; none on a machine without."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name not in ("", "-1")]
+    return [str(i) for i, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
+
+
+def _gpus(cfg: RolloutConfig, replica: int, visible: Sequence[str]) -> list[str]:
+    """GPUs of a replica: the next tensor_parallel ones of the visible; none where there is none."""
+    if visible and len(visible) < cfg.replicas * cfg.tensor_parallel:
         raise ValueError(
             f"rollout.replicas={cfg.replicas} times rollout.tensor_parallel={cfg.tensor_parallel} "
-            f"wants more GPUs than CUDA_VISIBLE_DEVICES={visible} names"
+            f"wants more GPUs than the {len(visible)} visible ones"
         )
-    return ",".join(names[first:last])
+    return list(visible[replica * cfg.tensor_parallel : (replica + 1) * cfg.tensor_parallel])
 
 
 def _cpu_binding(cfg: RolloutConfig, replica: int) -> str:

@@ -71,7 +71,7 @@ def make_encoder(model, *, stage="packed", mesh=None, weights_digest="w0", chunk
         width=vila.feature_width(CFG, stage),
         dtype=jnp.float32,
         mesh=mesh or mesh_of(8),
-        weights_digest=weights_digest,
+        digest=weights_digest,
         chunk_frames=chunk_frames,
     )
 

@@ -23,7 +23,7 @@ from tiny_groups import V, make_group, make_prompt, scatter
 
 from longrl_jax import models, step
 from longrl_jax.batching import make_batch, place, split_passes
-from longrl_jax.losses import LOSSES, low_variance_kl
+from longrl_jax.losses import LOSSES, low_variance_kl, nll
 from longrl_jax.models import weights
 from longrl_jax.sharding import make_mesh
 
@@ -285,7 +285,7 @@ def run_ours(case: Case, numbers: Numbers, folder, dtype: str) -> Result:
     clipped = case.loss == "clipped"
     train_step = step.make_train_step(
         token_logps,
-        functools.partial(LOSSES["clipped"], **CLIP) if clipped else LOSSES["nll"],
+        functools.partial(LOSSES["clipped"], **CLIP) if clipped else nll,
         optimizer,
         shardings=step.state_shardings(state),
         mesh=mesh,

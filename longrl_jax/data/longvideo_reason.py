@@ -50,6 +50,8 @@ class Records:
 
     def __init__(self, root: Path, file: str):
         path = root / file
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise ValueError(f"the data file {file!r} lies outside data.root={root}; move it there")
         if not path.is_file():
             raise ValueError(f"there is no data file {path}; set data.root and the file under it")
         self._root, self._file = root, file

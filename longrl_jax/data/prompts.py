@@ -19,12 +19,14 @@ from longrl_jax.types import Example, Media, Prompt, VideoLayout
 
 INSTRUCTIONS = {
     "think": (
-        "Watch the video to its end. First say step by step what happens and when, inside "
-        "<think></think>. Then give the answer alone, inside <answer></answer>."
+        "First say step by step what happens and when, inside <think></think>. Then give the "
+        "answer alone, inside <answer></answer>."
     ),
     "direct": "Give the answer alone, inside <answer></answer>.",
 }
 """Template -> what is asked for after the question."""
+WATCH = "Watch the video to its end."
+"""Stands before the instruction where there is a video."""
 MEDIA_TOKENS = ("<image>", "<vila/video>", "<vila/sentinel>", "<|image_pad|>", "<|video_pad|>")
 """Placeholders of media in the vocabularies that we know; a policy never says them."""
 
@@ -48,7 +50,8 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 def user_text(example: Example, template: str) -> str:
     """Returns what the user says after the video: the question, then the instruction."""
-    return f"{example.question}\n{pick(INSTRUCTIONS, template, 'data.template')}"
+    instruction = pick(INSTRUCTIONS, template, "data.template")
+    return f"{example.question}\n{f'{WATCH} ' if example.video else ''}{instruction}"
 
 
 def target_text(example: Example, template: str) -> str:

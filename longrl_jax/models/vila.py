@@ -33,6 +33,8 @@ IGNORED = tuple(
 """Starts of tensor names that we neither use nor change."""
 MEDIA_TOKEN = "<vila/video>"
 SEPARATOR = "\n"
+ENCODER_VERSION = 1
+"""Raise it when the same weights and frames would give other features."""
 STAGES = ("packed", "projected")
 """What can be stored of a frame: packed patch states, or what the projector makes of them."""
 
@@ -191,6 +193,12 @@ def feature_width(cfg: Config, stage: str) -> int:
     if stage == "projected":
         return cfg.text.width
     return cfg.vision.width * projector.pack_size(cfg.projector.kind) ** 2
+
+
+def stage_identity(cfg: Config, stage: str) -> str:
+    """Names all but weights that the numbers of `encode` depend on, for keys of stored features."""
+    _check_stage(stage)
+    return repr((ENCODER_VERSION, cfg.vision, cfg.num_vision_layers, cfg.projector))
 
 
 def _check_stage(stage: str) -> None:

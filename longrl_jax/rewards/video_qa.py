@@ -10,7 +10,11 @@ from longrl_jax.types import Scored
 
 FORMAT_WEIGHT = 0.5
 """Share of the format in the total, as in Long-RL."""
-FORM = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.DOTALL)
+FORMS = {
+    "think": re.compile(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL),
+    "direct": re.compile(r"\s*<answer>.*?</answer>\s*", re.DOTALL),
+}
+"""What an answer must look like, by data.template."""
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 TAGS = re.compile(r"</?(?:think|answer)>")
 LETTER = re.compile(r"\(?([A-Z])(?:[.):](?:\s.*)?)?", re.DOTALL)
@@ -21,16 +25,20 @@ def reward(items: Sequence[Scored]) -> list[dict[str, float]]:
     """Returns `format` (0 or 1), `accuracy` (0 or 1) and their weighted `total`."""
     results = []
     for item in items:
-        form, right = has_form(item.text), is_right(item.text, item.example.answer)
+        form = has_form(item.text, item.template)
+        right = is_right(item.text, item.example.answer)
         total = FORMAT_WEIGHT * form + (1 - FORMAT_WEIGHT) * right
         results.append({"total": total, "format": float(form), "accuracy": float(right)})
     return results
 
 
-def has_form(text: str) -> bool:
-    """Whether a text is one <think> part and one <answer> part, each tag once, nothing else."""
-    match = FORM.fullmatch(text)
-    return match is not None and len(TAGS.findall(text)) == 4
+def has_form(text: str, template: str = "think") -> bool:
+    """Whether a text is one <think> part and one <answer> part, each tag once, nothing else.
+
+    With template="direct": one <answer> part alone.
+    """
+    num_tags = 4 if template == "think" else 2
+    return FORMS[template].fullmatch(text) is not None and len(TAGS.findall(text)) == num_tags
 
 
 def is_right(text: str, answer: str) -> bool:

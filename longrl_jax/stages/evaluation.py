@@ -38,7 +38,7 @@ def evaluate(
     items: list[Scored] = []
     size = cfg.batch.groups
     for start in tqdm(range(0, len(asked), size), desc="evaluation", unit="batch", leave=False):
-        kept, features = embed(asked[start : start + size], step)
+        kept, features = embed(asked[start : start + size], 0)  # step 0: not of the training
         answers = rollout_bridge.generate_all(
             engines,
             inputs(kept, features),
@@ -48,7 +48,7 @@ def evaluate(
             seeds=[cfg.seed] * len(kept),
         )
         for prompt, (sample,) in zip(kept, answers, strict=True):
-            items.append(scored(prompt, sample, policy))
+            items.append(scored(prompt, sample, policy, cfg.data.template))
     parts = rewards.score(items, cfg.rewards)
     values: dict[str, list[float]] = defaultdict(list)
     for item, judged in zip(items, parts, strict=True):
@@ -67,11 +67,18 @@ def evaluate(
     return scores
 
 
-def scored(prompt: Prompt, sample: Sample, policy: Policy) -> Scored:
+def is_due(cfg: Config, number: int) -> bool:
+    """Whether step `number` is evaluated: every run.eval_every steps, and the last one."""
+    every = cfg.run.eval_every
+    return number == cfg.run.num_steps or (every > 0 and number % every == 0)
+
+
+def scored(prompt: Prompt, sample: Sample, policy: Policy, template: str) -> Scored:
     """Returns what a reward sees of a sample."""
     return Scored(
         example=prompt.example,
         text=prompt_text.decode_text(sample.tokens, policy.tokenizer),
         num_tokens=len(sample.tokens),
         finish_reason=sample.finish_reason,
+        template=template,
     )

@@ -22,7 +22,7 @@ from longrl_jax.data.refused import RefusedLog
 from longrl_jax.metrics import Phases, RunLog, averages
 from longrl_jax.stages import policy as opened
 from longrl_jax.stages import questions, update
-from longrl_jax.stages.evaluation import evaluate, scored
+from longrl_jax.stages.evaluation import evaluate, is_due, scored
 from longrl_jax.stages.policy import Policy
 from longrl_jax.types import Prompt, Rollout
 
@@ -45,9 +45,10 @@ def run(cfg: Config) -> None:
         embed = stack.enter_context(questions.open_embedder(cfg, encoder, refused, phases))
         engines = stack.enter_context(opened.open_engines(cfg, policy))
         log = stack.enter_context(RunLog(folder, cfg.run.num_steps, name="grpo"))
-        held_out = questions.validation(cfg, policy, refused) if cfg.data.validation else []
+        held_out = questions.validation(cfg, policy, refused)
         opened.push(engines, policy, state, version=0)
         empty_steps = 0
+        phases.take()  # what came before belongs to no step
         for number, asked in questions.training(cfg, policy, refused):
             kept, features = embed(asked, number)
             values: dict[str, Any] = {}
@@ -69,7 +70,8 @@ def run(cfg: Config) -> None:
                 with phases.phase("update"):
                     state, stats = train_step(state, passes, reference_nBA)
                     means = averages(jax.device_get(stats))
-                update.stop_if_not_finite(means, number=number)
+                save = functools.partial(opened.export, policy, state, folder / "export")
+                update.stop_if_not_finite(means, number=number, save=save)
                 with phases.phase("push"):
                     opened.push(engines, policy, state, version=number)
                 values = means | reward_values(reward_GR, valid_GR, parts, groups)
@@ -81,14 +83,13 @@ def run(cfg: Config) -> None:
                 "compilations": train_step.num_compilations + pass_logps.num_compilations,
             }
             log.step(number, values | counts | phases.take(), shown=SHOWN)
-            last = number == cfg.run.num_steps
-            if held_out and (last or number % (cfg.run.eval_every or number + 1) == 0):
+            if cfg.run.export and number == cfg.run.num_steps:
+                opened.export(policy, state, folder / "export")
+            if held_out and is_due(cfg, number):
                 inputs = functools.partial(to_inputs, state)
                 scores = evaluate(cfg, policy, engines, held_out, embed, inputs, step=number)
                 log.evaluation(number, scores)
                 phases.take()  # an evaluation's seconds belong to no step
-        if cfg.run.export:
-            opened.export(policy, state, folder / "export")
 
 
 def roll_out(
@@ -109,7 +110,7 @@ def roll_out(
         seeds=[sample_seed(cfg.seed, number, place) for place in range(len(asked))],
     )
     return [
-        Rollout(prompt=prompt, samples=drawn, policy_version=number - 1)
+        Rollout(prompt=prompt, samples=drawn, policy_version=engines[0].version or 0)
         for prompt, drawn in zip(asked, samples, strict=True)
     ]
 
@@ -125,7 +126,8 @@ def judge(
     Float[np.ndarray, "G R"], Bool[np.ndarray, "G R"], list[rewards.Parts | None], list[str]
 ]:
     """Scores all samples of a step at once: totals (0 where invalid), validity, parts, texts."""
-    items = [scored(g.prompt, sample, policy) for g in groups for sample in g.samples]
+    template = cfg.data.template
+    items = [scored(g.prompt, sample, policy, template) for g in groups for sample in g.samples]
     parts = rewards.score(items, cfg.rewards)
     shape = len(groups), cfg.rollout.num_samples
     valid_GR = np.array([p is not None for p in parts]).reshape(shape)

@@ -114,7 +114,9 @@ def open_encoder(policy: Policy, state: step.TrainState) -> encode.Encoder | Non
         width=policy.backbone.feature_width(policy.model_cfg, policy.stage),
         dtype=policy.compute_dtype,
         mesh=policy.mesh,
-        weights_digest=rollout_bridge.weights_digest(frozen),
+        digest=rollout_bridge.weights_digest(
+            frozen, about=policy.backbone.stage_identity(policy.model_cfg, policy.stage)
+        ),
     )
 
 

@@ -34,7 +34,9 @@ def training(
     source = pick(SOURCES, cfg.data.source, "data.source")(Path(cfg.data.root), cfg.data.train)
     steps = loader.prompts(
         source,
-        prompt_encoder(cfg, policy, with_target=cfg.stage == "sft"),
+        prompt_encoder(
+            cfg, policy, num_samples=cfg.rollout.num_samples, with_target=cfg.stage == "sft"
+        ),
         seed=cfg.seed,
         groups=cfg.batch.groups,
         first_step=first_step,
@@ -48,19 +50,32 @@ def training(
 
 
 def validation(cfg: Config, policy: Policy, refused: RefusedLog) -> list[Prompt]:
-    """Returns the first run.eval_examples prompts of data.validation."""
+    """Returns the first run.eval_examples prompts of data.validation; none without such a file.
+
+    Raises ValueError if not one of them can be asked.
+    """
+    if not cfg.data.validation:
+        return []
     source = pick(SOURCES, cfg.data.source, "data.source")(Path(cfg.data.root), cfg.data.validation)
     indices = range(min(cfg.run.eval_examples, len(source)))
-    asked = loader.prompts_at(source, prompt_encoder(cfg, policy), indices, on_refused=refused.add)
-    return [prompt for prompt in asked if prompt is not None]
+    encode_prompt = prompt_encoder(cfg, policy, num_samples=1)
+    asked = loader.prompts_at(source, encode_prompt, indices, on_refused=refused.add)
+    kept = [prompt for prompt in asked if prompt is not None]
+    if not kept:
+        raise ValueError(
+            f"every one of {len(asked)} records of {cfg.data.validation} was refused; the reasons "
+            f"are in {refused.path}"
+        )
+    return kept
 
 
 def prompt_encoder(
-    cfg: Config, policy: Policy, *, with_target: bool = False
+    cfg: Config, policy: Policy, *, num_samples: int, with_target: bool = False
 ) -> Callable[[Example], Prompt]:
     """Returns `example -> Prompt` of this checkpoint and this config; it travels to workers.
 
-    It refuses what leaves no room for the answers; with_target: for the reference answer (SFT).
+    It refuses what leaves no room for num_samples answers; with_target: for the reference answer
+    (SFT) instead.
     """
     encode_prompt = functools.partial(
         prompts.encode_prompt,
@@ -80,7 +95,6 @@ def prompt_encoder(
             template=cfg.data.template,
             max_row_tokens=cfg.batch.max_row_tokens,
         )
-    num_samples = cfg.rollout.num_samples if cfg.stage == "grpo" else 1
     most = min(
         cfg.rollout.max_model_len - cfg.rollout.max_tokens,
         cfg.batch.max_row_tokens + 1 - num_samples * cfg.rollout.max_tokens,
@@ -105,7 +119,10 @@ def open_embedder(
         pool = stack.enter_context(
             DecoderPool(cfg.data.decoder_processes, timeout_s=cfg.data.decode_timeout_s)
         )
-        yield functools.partial(_embed, encoder, store, pool, cfg.data.decoder, refused, phases)
+        known_bad: dict[str, Any] = {}
+        yield functools.partial(
+            _embed, encoder, store, pool, cfg.data.decoder, refused, phases, known_bad
+        )
 
 
 def count_empty(groups: Sequence[Any], empty_steps: int, refused: RefusedLog) -> int:
@@ -127,13 +144,17 @@ def _embed(
     decoder: str,
     refused: RefusedLog,
     phases: Phases,
+    known_bad: dict[str, Any],
     asked: Sequence[Prompt],
     step: int,
 ) -> tuple[list[Prompt], list[np.ndarray | None]]:
-    features, bad = encode.embed(encoder, asked, store, pool, decoder=decoder, clock=phases.add)
+    """known_bad: media that failed before in this run; a time-out is not waited for twice."""
+    fresh = [p for p in asked if not any(m.key in known_bad for m in p.media)]
+    features, bad = encode.embed(encoder, fresh, store, pool, decoder=decoder, clock=phases.add)
+    known_bad |= bad
     kept = []
     for prompt in asked:
-        errors = [bad[m.key] for m in prompt.media if m.key in bad]
+        errors = [known_bad[m.key] for m in prompt.media if m.key in known_bad]
         if errors:
             refused.add(prompt.example, errors[0], step=step)
         else:

@@ -17,7 +17,7 @@ from longrl_jax.data.refused import RefusedLog
 from longrl_jax.metrics import Phases, RunLog, averages
 from longrl_jax.stages import policy as opened
 from longrl_jax.stages import questions, update
-from longrl_jax.stages.evaluation import evaluate
+from longrl_jax.stages.evaluation import evaluate, is_due
 from longrl_jax.stages.policy import Policy
 from longrl_jax.types import Prompt, Rollout, Sample
 
@@ -29,13 +29,17 @@ def run(cfg: Config) -> None:
     folder = Path(cfg.run.dir)
     policy, state = opened.open_policy(cfg)
     encoder = opened.open_encoder(policy, state)
+    to_inputs = opened.make_prompt_embedder(policy, smallest_bucket=cfg.batch.smallest_bucket)
     train_step = update.make_sft_update(cfg, policy, state)
     phases = Phases()
     with contextlib.ExitStack() as stack:
         refused = stack.enter_context(RefusedLog(folder / "refused.jsonl"))
         embed = stack.enter_context(questions.open_embedder(cfg, encoder, refused, phases))
+        held_out = questions.validation(cfg, policy, refused)
+        engines = stack.enter_context(opened.open_engines(cfg, policy)) if held_out else []
         log = stack.enter_context(RunLog(folder, cfg.run.num_steps, name="sft"))
         empty_steps = 0
+        phases.take()  # what came before belongs to no step
         for number, asked in questions.training(cfg, policy, refused):
             kept, features = embed(asked, number)
             groups = [reference_group(prompt, policy, cfg.data.template) for prompt in kept]
@@ -47,25 +51,22 @@ def run(cfg: Config) -> None:
                     passes = update.make_passes(cfg, policy, groups, features, weights)
                     state, stats = train_step(state, passes)
                     means = averages(jax.device_get(stats))
-                update.stop_if_not_finite(means, number=number)
+                save = functools.partial(opened.export, policy, state, folder / "export")
+                update.stop_if_not_finite(means, number=number, save=save)
             counts = {
                 "groups": len(groups),
                 "refused": refused.count,
                 "compilations": train_step.num_compilations,
             }
             log.step(number, means | counts | phases.take(), shown=SHOWN)
-        if cfg.run.export:
-            opened.export(policy, state, folder / "export")
-        if cfg.data.validation:
-            held_out = questions.validation(cfg, policy, refused)
-            to_inputs = opened.make_prompt_embedder(
-                policy, smallest_bucket=cfg.batch.smallest_bucket
-            )
-            engines = stack.enter_context(opened.open_engines(cfg, policy))
-            opened.push(engines, policy, state, version=cfg.run.num_steps)
-            inputs = functools.partial(to_inputs, state)
-            scores = evaluate(cfg, policy, engines, held_out, embed, inputs, step=cfg.run.num_steps)
-            log.evaluation(cfg.run.num_steps, scores)
+            if cfg.run.export and number == cfg.run.num_steps:
+                opened.export(policy, state, folder / "export")
+            if held_out and is_due(cfg, number):
+                opened.push(engines, policy, state, version=number)
+                inputs = functools.partial(to_inputs, state)
+                scores = evaluate(cfg, policy, engines, held_out, embed, inputs, step=number)
+                log.evaluation(number, scores)
+                phases.take()  # an evaluation's seconds belong to no step
 
 
 def reference_group(prompt: Prompt, policy: Policy, template: str) -> Rollout:

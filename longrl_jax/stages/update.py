@@ -2,13 +2,13 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from longrl_jax import batching, step
 from longrl_jax.config import Config, pick
-from longrl_jax.losses import KL_ESTIMATORS, LOSSES
+from longrl_jax.losses import KL_ESTIMATORS, LOSSES, nll
 from longrl_jax.optimizer import make_optimizer
 from longrl_jax.stages.policy import Policy
 from longrl_jax.types import Batch, Rollout
@@ -30,6 +30,7 @@ def make_passes(
         num_shards=cfg.mesh.seq,
         smallest_bucket=cfg.batch.smallest_bucket,
         max_row_tokens=cfg.batch.max_row_tokens,
+        share_videos=False,  # a step has one row a group whatever is shared; rows would only grow
     )
     return batching.place(batching.split_passes(rows, cfg.batch.rows_per_pass), policy.mesh)
 
@@ -76,7 +77,7 @@ def make_sft_update(cfg: Config, policy: Policy, state: step.TrainState) -> step
     """Returns the update of maximum likelihood on the reference answers."""
     return step.make_train_step(
         make_token_logps(cfg, policy, temperature=1.0),
-        LOSSES["nll"],
+        nll,
         make_optimizer(cfg.optimizer, cfg.run.num_steps),
         shardings=step.state_shardings(state),
         mesh=policy.mesh,
@@ -90,16 +91,20 @@ def make_pass_logps(cfg: Config, policy: Policy) -> step.CountedJit:
     return step.make_pass_logps(token_logps, mesh=policy.mesh)
 
 
-def stop_if_not_finite(means: Mapping[str, float], *, number: int) -> None:
+def stop_if_not_finite(
+    means: Mapping[str, float], *, number: int, save: Callable[[], None]
+) -> None:
     """Raises FloatingPointError that names what is NaN or infinite, and the step.
 
     The update of that step has changed nothing (step.make_train_step), so the state is the one
-    before it.
+    before it; `save` keeps it.
     """
     bad = [name for name in ("loss", "grad_norm") if not math.isfinite(means[name])]
     if bad:
+        save()
         raise FloatingPointError(
             f"step {number}: {' and '.join(bad)} not finite "
-            f"({', '.join(f'{name}={means[name]}' for name in bad)}); the weights are those of "
-            f"step {number - 1}. Lower optimizer.learning_rate or optimizer.max_grad_norm"
+            f"({', '.join(f'{name}={means[name]}' for name in bad)}); the weights of step "
+            f"{number - 1} are in the run's export/. "
+            "Lower optimizer.learning_rate or optimizer.max_grad_norm"
         )

@@ -62,7 +62,12 @@ def encode(tokenizer, root):
 def spelled_out(example, tokenizer, num_frames, *, template="think"):
     """transformers' own tokens of the chat, every media token and separator written as text."""
     frame = LAYOUT.media_token * 6 + LAYOUT.separator
-    content = frame * num_frames + example.question + "\n" + prompts.INSTRUCTIONS[template]
+    content = (
+        frame * num_frames
+        + example.question
+        + ("\nWatch the video to its end. " if num_frames else "\n")
+        + prompts.INSTRUCTIONS[template]
+    )
     turns = [{"role": "user", "content": content}]
     rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     return tokenizer(rendered, add_special_tokens=False)["input_ids"]

@@ -1,5 +1,6 @@
 """VILA put together: frames to logits and gradients equal a composition of torch modules."""
 
+import dataclasses
 import json
 
 import jax
@@ -289,3 +290,12 @@ def test_hidden_state_number_says_how_many_layers_run(pair, tmp_path, select, nu
     tree = {"model_type": "llava_llama", "mm_vision_select_layer": select}
     (folder / "config.json").write_text(json.dumps(tree))
     assert vila.read_config(folder).num_vision_layers == num_layers
+
+
+def test_what_the_features_depend_on_besides_weights_is_named(pair):
+    """Checkpoints of equal weights do not share stored features if they read another layer."""
+    cfg = pair[1]
+    other = dataclasses.replace(cfg, num_vision_layers=cfg.num_vision_layers + 1)
+    eps = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, norm_eps=1e-3))
+    names = {vila.stage_identity(c, "packed") for c in (cfg, other, eps)}
+    assert len(names) == 3

@@ -34,6 +34,12 @@ def test_form(text, form):
     assert video_qa.has_form(text) is form
 
 
+def test_the_form_is_the_one_that_was_asked_for():
+    assert video_qa.has_form("<answer>B</answer>", "direct")
+    assert not video_qa.has_form(GOOD, "direct")
+    assert not video_qa.has_form("so <answer>B</answer>", "direct")
+
+
 @pytest.mark.parametrize(
     ("given", "answer", "right"),
     [

@@ -29,7 +29,7 @@ from tiny_qwen2 import (
 )
 
 import rollout_bridge
-from rollout_bridge.worker import WorkerEngine, _cpu_binding, _gpus
+from rollout_bridge.worker import WorkerEngine, _cpu_binding, _gpus, _visible_gpus
 
 HANG_S = 120  # longer than anything here takes; only a hang reaches it
 SETTINGS = {"seed": 0, "banned_tokens": BANNED, "stop_tokens": STOP}
@@ -241,12 +241,18 @@ def test_a_request_error_leaves_the_worker_running(make_engine):
     assert engine.pid == pid
 
 
-@pytest.mark.parametrize(("visible", "want"), [("", ["0,1", "2,3"]), ("4,5,6,7", ["4,5", "6,7"])])
-def test_replicas_get_gpus_of_their_own(visible, want):
+def test_replicas_get_gpus_of_their_own(monkeypatch):
     cfg = dataclasses.replace(CFG, process="worker", tensor_parallel=2, replicas=2)
-    assert [_gpus(cfg, replica, visible) for replica in (0, 1)] == want
-    with pytest.raises(ValueError, match="more GPUs than CUDA_VISIBLE_DEVICES=8,9 names"):
-        _gpus(cfg, 1, "8,9")
+    assert [_gpus(cfg, replica, ["4", "5", "6", "7"]) for replica in (0, 1)] == [
+        ["4", "5"],
+        ["6", "7"],
+    ]
+    assert _gpus(cfg, 1, []) == []
+    with pytest.raises(ValueError, match="more GPUs than the 3 visible ones"):
+        _gpus(cfg, 0, ["0", "1", "2"])
+    for value, want in (("", []), ("-1", []), ("2,3", ["2", "3"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        assert _visible_gpus() == want
 
 
 def test_an_interpreter_that_is_not_there_is_named(checkpoints):
