@@ -12,7 +12,13 @@ from typing import Any, TypeVar
 
 import yaml
 
+from longrl_jax import strict_yaml
+
 X = TypeVar("X")
+MAX_SEED = 2**32 - 1
+"""Grain takes no larger one."""
+MAX_SIMULATED_DEVICES = 512
+"""Each is threads and buffers of this machine; a mistyped number must not take it down."""
 
 
 def pick(table: Mapping[str, X], name: str, key: str) -> X:
@@ -27,8 +33,27 @@ def _positive(key: str, value: float) -> None:
         raise ValueError(f"{key}={value} must be positive")
 
 
+def _filled(key: str, value: str) -> None:
+    if not value.strip():
+        raise ValueError(
+            f"{key}={value!r} is empty and would mean the folder you stand in; name it"
+        )
+
+
 def _one_of(key: str, value: str, names: Sequence[str]) -> None:
     pick(types.MappingProxyType(dict.fromkeys(names)), value, key)
+
+
+def _check_timestamp(text: str) -> None:
+    try:
+        good = not text or text.format(t=1.0) != text.format(t=1000.0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        good = False
+    if not good:
+        raise ValueError(
+            f"data.timestamp={text!r} must hold {{t}}, the time in seconds, in the form of "
+            "Python's str.format, e.g. ' {t:.0f}'"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +72,7 @@ class ModelConfig:
     """What a layer keeps for the backward pass: nothing, attention (its output), everything."""
 
     def __post_init__(self):
+        _filled("model.path", self.path)
         _one_of("model.compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
         _one_of("model.remat", self.remat, ("nothing", "attention", "everything"))
         for part in self.frozen:
@@ -78,6 +104,9 @@ class DataConfig:
     """Frames of a video when fps is 0; the most frames of a video when fps is set."""
     fps: float = 0.0
     """Frames a second; 0: num_frames spread evenly over the video."""
+    timestamp: str = ""
+    """Text before every frame, with {t} for its time in seconds, as in Qwen3-VL: " {t:.0f}" or
+    "<{t:.1f} seconds>"; empty: none."""
     decoder: str = "pyav"
     """pyav or decord."""
     decoder_processes: int = 1
@@ -88,6 +117,8 @@ class DataConfig:
     """Grain worker processes that tokenize prompts and probe files; 0: in this process."""
 
     def __post_init__(self):
+        _filled("data.root", self.root)
+        _filled("data.train", self.train)
         _one_of("data.decoder", self.decoder, ("pyav", "decord"))
         _one_of("data.template", self.template, ("think", "direct"))
         _positive("data.num_frames", self.num_frames)
@@ -95,6 +126,7 @@ class DataConfig:
             raise ValueError(f"data.num_frames={self.num_frames} is over 8192, the most we decode")
         if not 0 <= self.fps <= 1000:
             raise ValueError(f"data.fps={self.fps} must be 0 (uniform) to 1000")
+        _check_timestamp(self.timestamp)
         _positive("data.decoder_processes", self.decoder_processes)
         _positive("data.decode_timeout_s", self.decode_timeout_s)
         if self.loader_workers < 0:
@@ -119,6 +151,11 @@ class MeshConfig:
     def __post_init__(self):
         for axis in ("data", "fsdp", "seq", "tensor"):
             _positive(f"mesh.{axis}", getattr(self, axis))
+        if self.simulated and self.num_devices > MAX_SIMULATED_DEVICES:
+            raise ValueError(
+                f"mesh.* asks for {self.num_devices} simulated devices, over "
+                f"{MAX_SIMULATED_DEVICES}, the most that one machine should play; lower mesh.*"
+            )
 
     @property
     def num_devices(self) -> int:
@@ -269,6 +306,7 @@ class StoreConfig:
     """The least recently used entries are deleted beyond this size."""
 
     def __post_init__(self):
+        _filled("store.path", self.path)
         _positive("store.max_gib", self.max_gib)
 
 
@@ -277,21 +315,38 @@ class RunConfig:
     """How long a run is and where it writes."""
 
     dir: str
-    """Run folder; must not hold another run."""
+    """Run folder. The same command on the folder of an unfinished run goes on with it; a folder
+    that holds another run is refused."""
     num_steps: int = 100
     """Updates."""
     eval_every: int = 0
     """Steps between evaluations on data.validation; 0: after the last step only."""
     eval_examples: int = 64
     """Questions of one evaluation."""
+    export_dtype: str = ""
+    """float32 or bfloat16: type of every tensor of RUN/export; empty: as in model.path."""
     export: bool = True
     """Write the trained model as a Hugging Face folder at the end (RUN/export)."""
+    checkpoint_every: int = 20
+    """Steps between checkpoints (RUN/checkpoints); the last step always makes one. 0: only that.
+    Rollouts and rewards of the steps between are journaled, so they are lost in no case."""
+    keep: int = 2
+    """Newest checkpoints that are kept; older ones are deleted."""
+    best_metric: str = ""
+    """Score of the evaluation, e.g. video_qa/accuracy: the checkpoint where it is highest is made
+    and kept, too. Empty: none."""
+    wandb: str = ""
+    """Weights & Biases project that gets the metrics (needs the wandb extra); empty: none."""
 
     def __post_init__(self):
+        if self.export_dtype:
+            _one_of("run.export_dtype", self.export_dtype, ("float32", "bfloat16"))
         _positive("run.num_steps", self.num_steps)
         _positive("run.eval_examples", self.eval_examples)
-        if self.eval_every < 0:
-            raise ValueError(f"run.eval_every={self.eval_every} must be 0 or more")
+        _positive("run.keep", self.keep)
+        for name in ("eval_every", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"run.{name}={getattr(self, name)} must be 0 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -299,7 +354,7 @@ class Config:
     """One experiment: the mirror of a file in configs/."""
 
     stage: str
-    """sft or grpo."""
+    """perception, sft or grpo."""
     seed: int = 0
     """Of the data order, of sampling and of everything random."""
     model: ModelConfig
@@ -315,18 +370,23 @@ class Config:
     store: StoreConfig = StoreConfig()
 
     def __post_init__(self):
-        _one_of("stage", self.stage, ("sft", "grpo"))
+        _one_of("stage", self.stage, ("perception", "sft", "grpo"))
+        _filled("run.dir", self.run.dir)
         if self.stage == "grpo" and self.rollout.num_samples < 2:
             raise ValueError(
                 f"rollout.num_samples={self.rollout.num_samples}: GRPO compares the answers to one "
                 "prompt, so it needs at least 2"
             )
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must be 0 or more")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"seed={self.seed} must be 0 or more, and at most {MAX_SEED}")
         if self.optimizer.warmup_steps > self.run.num_steps:
             raise ValueError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} is longer than "
                 f"run.num_steps={self.run.num_steps}; lower it"
+            )
+        if self.run.best_metric and not self.data.validation:
+            raise ValueError(
+                f"run.best_metric={self.run.best_metric!r} needs scores: name data.validation"
             )
         answers = self.rollout.num_samples * self.rollout.max_tokens
         if self.stage == "grpo" and answers >= self.batch.max_row_tokens:
@@ -336,6 +396,8 @@ class Config:
             )
         if not self.rewards:
             raise ValueError("rewards is empty; name at least one, e.g. rewards: {video_qa: 1.0}")
+        if not any(self.rewards.values()):
+            raise ValueError(f"rewards={self.rewards}: every weight is 0; give one another weight")
         rows = self.mesh.data * self.mesh.fsdp
         if self.batch.rows_per_pass % rows:
             raise ValueError(
@@ -351,11 +413,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     impossible in combination.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(f"there is no config file {path}; see configs/README.md") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    except OSError as error:
+        raise ValueError(
+            f"the config file {path} cannot be read ({error.strerror}); name a YAML file"
+        ) from None
+    except UnicodeDecodeError:
+        raise ValueError(f"the config file {path} is not UTF-8 text; name a YAML file") from None
+    tree = strict_yaml.parse(text, str(path))
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must hold a mapping of sections, got {type(tree).__name__}")
     for item in overrides:
@@ -368,10 +435,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             node = node.setdefault(name, {})
             if not isinstance(node, dict):
                 raise ValueError(f"override {item!r}: {name} is a value, not a section")
-        try:
-            node[leaf] = yaml.safe_load(text) if text else ""  # "key=" is the empty string
-        except yaml.YAMLError as error:
-            raise ValueError(f"override {item!r} is not valid YAML: {error}") from None
+        node[leaf] = (
+            strict_yaml.parse(text, f"override {item!r}") if text else ""
+        )  # "key=": the empty string
     return _build(Config, tree, where="")
 
 
@@ -443,9 +509,11 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return {str(k): _value(item, x, f"{where}.{k}") for k, x in value.items()}
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML reads 1e-6 as a string
-        except ValueError:
+            value = float(value)  # YAML reads 1e-6 as a string
+        except (ValueError, OverflowError):  # a whole number of 400 digits
             raise ValueError(f"{where} wants a number, got {value!r}") from None
+    if isinstance(value, float) and not math.isfinite(value):  # NaN is neither over nor under 0
+        raise ValueError(f"{where} wants a finite number, got {value}")
     right = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
     if not right:
         name = hint.__name__ if isinstance(hint, type) else str(hint)

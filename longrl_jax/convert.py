@@ -10,7 +10,7 @@ import argparse
 import collections
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,12 @@ CHAT_TEMPLATE = (
 )
 """ChatML."""
 NUM_BYTES = 256
+LOOK_BACK = (1, 2, 3)
+"""Tokens that the first heads of layer 0 look back, with --looking-back."""
+MAX_FIRMNESS = 100
+"""Of --looking-back; scores of attention grow with its square."""
+CONTENT_SHARE = 0.1
+"""Of the random kernels of those heads: at first where a token stands counts, not what it is."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,12 +59,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"convert {args.command}: {error}")
 
 
-def init(config_json: Path, out: Path, *, seed: int = 0, corpus: Path | None = None) -> None:
+def init(
+    config_json: Path,
+    out: Path,
+    *,
+    seed: int = 0,
+    corpus: Path | None = None,
+    time_tokens: int = 0,
+    looking_back: float = 0.0,
+) -> None:
     """Writes a random checkpoint with tokenizer, chat template and generation config.
 
     config_json is a Hugging Face config.json; for VILA it holds the parts' configs as llm_cfg,
     vision_tower_cfg and mm_projector_cfg. The vocabulary becomes as large as the tokenizer, which
     is a byte-level BPE of at most vocab_size tokens, trained on the corpus (without one: bytes).
+    time_tokens: so many words <0s>, <1s>, ... become tokens of their own, for data.timestamp.
+    looking_back: how firmly heads 0, 1, 2 of the first layer look 1, 2, 3 tokens back (0: random).
     """
     tree = hf_files.read_json(config_json)
     backbone = models.backbone_of(tree, where=str(config_json))
@@ -69,15 +85,19 @@ def init(config_json: Path, out: Path, *, seed: int = 0, corpus: Path | None = N
     vocab_size = hf_files.positive_int(llm, "vocab_size", str(config_json))
 
     def write(folder: Path) -> None:
-        llm["vocab_size"] = _write_tokenizer(folder / backbone.LLM_FOLDER, text, vocab_size)
+        times = [f"<{t}s>" for t in range(time_tokens)]
+        inner = folder / backbone.LLM_FOLDER
+        llm["vocab_size"] = _write_tokenizer(inner, text, vocab_size, words=times)
         _write_json(folder / "config.json", tree)
         for sub in filter(None, backbone.FOLDERS):
             if not isinstance(tree.get(PARTS[sub]), dict):
                 raise ValueError(f"{config_json}: {PARTS[sub]} must hold the config of {sub}/")
             _write_json(folder / sub / "config.json", tree[PARTS[sub]])
         cfg = backbone.read_config(folder)
-        model = backbone.Model(cfg, rngs=nnx.Rngs(seed))
-        models.write_parts(folder, backbone, backbone.table(cfg), models.arrays_of(model))
+        arrays = models.arrays_of(backbone.Model(cfg, rngs=nnx.Rngs(seed)))
+        if looking_back:
+            arrays = {**arrays, **_looking_back(arrays, backbone.text_config(cfg), looking_back)}
+        models.write_parts(folder, backbone, backbone.table(cfg), arrays)
 
     models.write_whole(out, write)
 
@@ -149,28 +169,59 @@ def inspect(folder: Path) -> Iterator[str]:
         yield f"{key}: {count[key]:,} numbers, {size_bytes[key] / 2**20:,.1f} MiB"
 
 
-def _write_tokenizer(folder: Path, text: str, vocab_size: int) -> int:
-    """Trains and writes a tokenizer with ChatML's and VILA's tokens; returns its length."""
+def _looking_back(arrays: Mapping[str, Any], text: Any, strength: float) -> dict[str, np.ndarray]:
+    """Returns weights of a language model that is ready to copy: heads of layer 0 look back, and an
+    untied head is the token table.
+
+    After RoPE, query (cos(f b), -sin(f b)) at m and key (1, 0) at n score the sum over the
+    frequencies f of cos(f (m - b - n)): largest where n is b tokens before m. Copying what followed
+    a word starts from such heads (arXiv:2209.11895, induction heads), and random ones need
+    thousands of steps to become them. All are trained like the others.
+    """
+    half = text.head_dim // 2
+    f = text.rope_theta ** (-np.arange(half) / half)
+    q, k = (np.array(arrays[f"text.layers.attn.{name}.bias"]) for name in "qk")
+    kernels = {n: np.array(arrays[f"text.layers.attn.{n}.kernel"]) for n in "qk"}
+    k[0].reshape(text.num_kv_heads, 2, half)[:, 0] = strength
+    queries = q[0].reshape(text.num_heads, 2, half)
+    for head, back in enumerate(LOOK_BACK[: text.num_heads]):
+        queries[head] = strength * np.cos(f * back), -strength * np.sin(f * back)
+    kernels["q"][0, :, : len(LOOK_BACK) * text.head_dim] *= CONTENT_SHARE
+    kernels["k"][0] *= CONTENT_SHARE
+    changed = {f"text.layers.attn.{name}.bias": x for name, x in (("q", q), ("k", k))}
+    changed |= {f"text.layers.attn.{name}.kernel": x for name, x in kernels.items()}
+    if not text.tied:
+        changed["text.head_kernel"] = np.array(arrays["text.table"]).T / text.width**0.5
+    return changed
+
+
+def _write_tokenizer(folder: Path, text: str, vocab_size: int, *, words: Sequence[str] = ()) -> int:
+    """Trains and writes a tokenizer with ChatML's and VILA's tokens; returns its length.
+
+    words: become tokens whole, wherever they stand.
+    """
     from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
     from tokenizers import models as tokenizer_models
     from transformers import PreTrainedTokenizerFast
 
     special = [END_OF_TEXT, START, END, *MEDIA_TOKENS]
-    if vocab_size < NUM_BYTES + len(special):
+    fixed = len(special) + len(words)
+    if vocab_size < NUM_BYTES + fixed:
         raise ValueError(
-            f"vocab_size={vocab_size} is too small: {NUM_BYTES} bytes and {len(special)} special "
-            "tokens are always in it"
+            f"vocab_size={vocab_size} is too small: {NUM_BYTES} bytes and {fixed} special tokens "
+            "and words are always in it"
         )
     tokenizer = Tokenizer(tokenizer_models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size - len(words),
         special_tokens=special,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+    tokenizer.add_tokens(list(words))
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,
@@ -208,6 +259,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--corpus", type=Path, help="text that the tokenizer learns from (without: single bytes)"
     )
+    command.add_argument(
+        "--time-tokens",
+        type=int,
+        default=0,
+        help="make so many words <0s>, <1s>, ... tokens of their own, for "
+        "data.timestamp='<{t:.0f}s>' (default 0)",
+    )
+    command.add_argument(
+        "--looking-back",
+        type=float,
+        default=0.0,
+        help="how firmly three heads of the first layer look 1, 2, 3 tokens back at birth, so that "
+        "copying is learned soon; 5 is firm (default 0: random heads)",
+    )
     command.set_defaults(run=_run_init)
 
     command = commands.add_parser(
@@ -242,7 +307,18 @@ def _parser() -> argparse.ArgumentParser:
 def _run_init(args: argparse.Namespace) -> Iterator[str]:
     if args.corpus is not None and not args.corpus.is_file():
         raise ValueError(f"--corpus={args.corpus} is no file; longrl_jax.data.synthetic writes one")
-    init(args.config_json, args.out, seed=args.seed, corpus=args.corpus)
+    if args.time_tokens < 0:
+        raise ValueError(f"--time-tokens={args.time_tokens} must be 0 or more")
+    if not 0 <= args.looking_back <= MAX_FIRMNESS:  # no NaN either
+        raise ValueError(f"--looking-back={args.looking_back:g} must be 0 to {MAX_FIRMNESS}")
+    init(
+        args.config_json,
+        args.out,
+        seed=args.seed,
+        corpus=args.corpus,
+        time_tokens=args.time_tokens,
+        looking_back=args.looking_back,
+    )
     yield from inspect(args.out)
 
 

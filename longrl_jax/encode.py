@@ -21,7 +21,9 @@ from longrl_jax.types import Media, Prompt
 from rollout_bridge import video_cache
 
 CHUNK_FRAMES = 64
-"""Frames of one call of the tower, rounded up to a multiple of the devices: one fixed shape."""
+"""Most frames of one call of the tower, rounded up to a multiple of the devices."""
+FEW_FRAMES = 8
+"""The same of the only other shape: stills and ends of films would pay for CHUNK_FRAMES."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +31,9 @@ class Encoder:
     """The frozen part of a backbone on the mesh."""
 
     encode: Callable[[np.ndarray], jax.Array]
-    """uint8 [chunk_frames, H, W, 3] -> [chunk_frames, n, C]."""
-    chunk_frames: int
+    """uint8 [F, H, W, 3] -> [F, n, C], F one of chunk_sizes."""
+    chunk_sizes: tuple[int, ...]
+    """Smallest first."""
     width: int
     """C: numbers of one stored row."""
     dtype: np.dtype
@@ -52,14 +55,16 @@ def make_encoder(
     digest: str,
     chunk_frames: int = CHUNK_FRAMES,
 ) -> Encoder:
-    """Compiles the frozen stages for one fixed number of frames, split over all devices but tensor.
+    """Compiles the frozen stages for two numbers of frames, split over all devices but tensor.
 
     frozen and trained together hold every parameter of the model that graphdef describes; of the
     trained only the shapes are used, since an update replaces their arrays.
     """
     shapes = jax.eval_shape(lambda: trained)
     split = mesh.devices.size // mesh.shape["tensor"]
-    chunk_frames = -(-chunk_frames // split) * split
+    sizes = sorted(
+        {-(-size // split) * split for size in (min(FEW_FRAMES, chunk_frames), chunk_frames)}
+    )
 
     @jax.jit
     def run(frozen: nnx.State, frames_FHW3: jax.Array) -> jax.Array:
@@ -73,7 +78,7 @@ def make_encoder(
         with jax.set_mesh(mesh):
             return run(frozen, jnp.asarray(frames_FHW3))
 
-    return Encoder(encode, chunk_frames, width, np.dtype(dtype), stage, digest)
+    return Encoder(encode, tuple(sizes), width, np.dtype(dtype), stage, digest)
 
 
 def embed(
@@ -133,7 +138,7 @@ def _encode_missing(
     writers: dict[int, video_cache.EntryWriter] = {}
     started_s = time.perf_counter()
     try:
-        for item in pool.decode(jobs, chunk=encoder.chunk_frames):
+        for item in pool.decode(jobs, chunk=encoder.chunk_sizes[-1]):
             decoded_s = time.perf_counter()
             clock("decode", decoded_s - started_s)
             m, i = media[item.job_index], item.job_index
@@ -159,9 +164,10 @@ def _encode_missing(
 
 
 def _encode_chunk(encoder: Encoder, frames_FHW3: np.ndarray) -> np.ndarray:
-    """Pads to the fixed shape, encodes, drops the padding; returns [F * n, C]."""
+    """Pads to one of the shapes, encodes, drops the padding; returns [F * n, C]."""
     F = len(frames_FHW3)
-    padded = np.zeros((encoder.chunk_frames, *frames_FHW3.shape[1:]), np.uint8)
+    size = next(size for size in encoder.chunk_sizes if size >= F)
+    padded = np.zeros((size, *frames_FHW3.shape[1:]), np.uint8)
     padded[:F] = frames_FHW3
     features_FnC = np.asarray(encoder.encode(padded))[:F]
     return features_FnC.reshape(-1, features_FnC.shape[-1])

@@ -5,8 +5,10 @@ Nothing here may run at import: a library that changes the process behind its us
 
 import logging
 import os
+import shutil
 import sys
 import warnings
+from pathlib import Path
 
 from longrl_jax.config import MeshConfig, RolloutConfig
 
@@ -68,6 +70,24 @@ def prepare_vllm(rollout: RolloutConfig) -> None:
         os.environ.setdefault(name, value)
     logging.getLogger("vllm").setLevel(logging.ERROR)  # what it says before it reads its variable
     warnings.filterwarnings("ignore", message=".*reduce_op.*", category=FutureWarning)
+
+
+def disk_error(error: OSError, path: Path, way_out: str) -> OSError:
+    """Returns the same error in words: what cannot be written, why, what is free, and what to do.
+
+    path need not exist; the disk is that of its nearest folder.
+    """
+    folder = next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
+    usage = shutil.disk_usage(folder)
+    why = error.strerror or str(error)
+    if error.filename is not None:
+        why += f": {error.filename}"
+    said = OSError(
+        f"{path} cannot be written ({why}); {usage.free / 2**30:.3g} of {usage.total / 2**30:.3g} "
+        f"GiB are free on its disk ({folder}); {way_out}"
+    )
+    said.errno = error.errno
+    return said
 
 
 def add_xla_flags(*flags: str) -> None:

@@ -1,12 +1,14 @@
 """Trains one experiment: python -m longrl_jax.train CONFIG.yaml [section.key=value ...]"""
 
 import argparse
+import dataclasses
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
-from longrl_jax import config, platform
+from longrl_jax import config, platform, run_folder
 
 EPILOG = """\
 examples:
@@ -16,12 +18,20 @@ examples:
 The run folder (run.dir) holds
   resolved.yaml             the whole config, every default included; it is a config itself
   metrics.jsonl             a line a step: loss, rewards, engine/learner gap, seconds by phase
+  tensorboard/              the same numbers: tensorboard --logdir RUN/tensorboard
   rollouts.jsonl            every sampled answer with its reward and advantage (grpo)
   refused.jsonl             records that could not be used, with reasons
   evaluation.json           the last scores on data.validation (evaluations.jsonl: all of them,
                             evaluation_answers.jsonl: every answer of the last)
+  checkpoints/              what the run goes on from (run.checkpoint_every, run.keep)
+  journal/                  rollouts and rewards of the steps since the newest checkpoint (grpo)
   export/                   the trained model as a Hugging Face folder
+  finished.json             the last step, once nothing is left to do
   error.txt                 where a run that failed has failed
+
+A run that was stopped, however, goes on when the same command is given again: from its newest
+checkpoint, without sampling again what the journal holds. Keys that change no number (mesh, store,
+worker counts, run.keep, ...) may be changed then, and run.num_steps be raised.
 """
 COMPILE_CACHE = Path("cache/jax")
 
@@ -32,32 +42,67 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         cfg = config.load(args.config, args.overrides)
         folder = Path(cfg.run.dir)
-        if (folder / "metrics.jsonl").exists():
-            raise ValueError(
-                f"run.dir={cfg.run.dir} holds another run; choose another folder, e.g. "
-                f"run.dir={cfg.run.dir}_2, or move that one away"
-            )
+        held = _take(folder)
+        point = run_folder.find(folder, dataclasses.asdict(cfg))
+        if point != run_folder.Point():
+            sys.stdout.write(f"{run_folder.describe(folder, point, cfg.run.num_steps)}\n")
+            sys.stdout.flush()
         platform.prepare(cfg.mesh, cfg.rollout, compilation_cache=str(COMPILE_CACHE))
-    except (ValueError, RuntimeError) as error:
+        run_folder.write_synced(folder / "resolved.yaml", config.to_yaml(cfg).encode())
+    except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"longrl_jax.train: {error}")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "resolved.yaml").write_text(config.to_yaml(cfg))
-    from longrl_jax.stages import STAGES  # after prepare: it brings JAX
+    from longrl_jax.stages import STAGES  # after prepare: they bring JAX
+    from rollout_bridge import EngineError
 
     try:
         check_names(cfg)
         config.pick(STAGES, cfg.stage, "stage")(cfg)
+        _write_report(folder)
     except Exception as error:
-        (folder / "error.txt").write_text(traceback.format_exc())
-        if not isinstance(error, ValueError | FloatingPointError):  # not the user's: show the trace
+        where = _keep_trace(folder / "error.txt")
+        _write_report(folder)
+        # what a person can mend is one line; the rest is a bug, and its trace is shown
+        if not isinstance(error, ValueError | FloatingPointError | OSError | EngineError):
             raise
-        sys.exit(f"longrl_jax.train: {error}\n(where: {folder / 'error.txt'})")
+        sys.exit(f"longrl_jax.train: {error}\n({where})")
+    finally:
+        held.close()
+
+
+def _take(folder: Path) -> TextIO:
+    """Makes the run folder and takes it for this process; returns what holds it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return run_folder.lock(folder)
+    except OSError as error:
+        raise platform.disk_error(error, folder, "set run.dir to another folder") from error
+
+
+def _write_report(folder: Path) -> None:
+    """Writes report.html; whatever goes wrong with a page does not undo a run."""
+    from longrl_jax import report
+
+    try:
+        sys.stdout.write(f"report: {report.write(folder)}\n")
+    except (ValueError, OSError) as error:
+        sys.stdout.write(f"no report: {error}\n")
+
+
+def _keep_trace(path: Path) -> str:
+    """Writes the trace of the error being handled and says where; a full disk gets it said here."""
+    trace = traceback.format_exc()
+    try:
+        path.write_text(trace)
+    except OSError as error:
+        return f"{path} cannot be written ({error.strerror}), so here it is:\n{trace}"
+    return f"where: {path}"
 
 
 def check_names(cfg: config.Config) -> None:
     """Raises ValueError for a name in the config that no table knows, before anything is loaded."""
-    from longrl_jax import advantages, data, losses, rewards
+    from longrl_jax import advantages, data, losses, metrics, rewards
 
+    metrics.check_wandb(cfg.run.wandb)
     config.pick(data.SOURCES, cfg.data.source, "data.source")
     config.pick(advantages.ADVANTAGES, cfg.algorithm.advantage, "algorithm.advantage")
     config.pick(losses.LOSSES, cfg.algorithm.loss, "algorithm.loss")

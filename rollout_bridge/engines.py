@@ -15,6 +15,10 @@ MIN_TEMPERATURE = 0.01
 """vLLM samples at this temperature where a lower one is asked for; 0 is greedy."""
 
 
+class EngineError(RuntimeError):
+    """An engine that died or cannot go on; the message names it, how it ended and a way out."""
+
+
 class Engine(Protocol):
     """What VllmEngine (inline) and WorkerEngine (own process) have in common."""
 

@@ -22,11 +22,14 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from longrl_jax.platform import disk_error
+
 MAGIC = b"longrl-embedding-1\n"
 HEADER_BYTES = 4096
 """A page, so that the data behind it is aligned for a memory map."""
 SUFFIX = ".emb"
 PARTIAL = ".partial"
+WAY_OUT = "free some space, lower store.max_gib, or set store.path to a folder on another disk"
 
 
 def entry_key(
@@ -62,7 +65,11 @@ class VideoStore:
         if max_bytes <= 0:
             raise ValueError(f"max_bytes={max_bytes} of the embedding store must be positive")
         self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "lock").touch()
+        except OSError as error:
+            raise disk_error(error, self.path, WAY_OUT) from error
         self.max_bytes = max_bytes
         self._fresh: dict[str, np.ndarray] = {}  # written here and not yet asked for
         self._sweep_partials()
@@ -185,7 +192,10 @@ class EntryWriter:
                 f"{self._dtype}{list(self._shape)}"
             )
         data = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
-        self._file.write(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise self._given_up(error) from error
         self._digest.update(data)
         self._rows += chunk.shape[0]
 
@@ -207,7 +217,9 @@ class EntryWriter:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._store.publish(self._key, self._partial, self._file)
-        except BaseException:  # a full disk
+        except OSError as error:
+            raise self._given_up(error) from error
+        except BaseException:
             self.discard()
             raise
         self._file.close()
@@ -215,7 +227,13 @@ class EntryWriter:
     def discard(self) -> None:
         """Drops what was written."""
         self._partial.unlink(missing_ok=True)
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take goes with the file
+            self._file.close()
+
+    def _given_up(self, error: OSError) -> OSError:
+        said = disk_error(error, self._store.path, WAY_OUT)
+        self.discard()
+        return said
 
     def __enter__(self) -> "EntryWriter":
         return self

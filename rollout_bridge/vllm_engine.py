@@ -29,7 +29,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from longrl_jax.config import RolloutConfig
 from longrl_jax.types import Sample
 from rollout_bridge import weight_sync
-from rollout_bridge.engines import check_request, sync_all
+from rollout_bridge.engines import EngineError, check_request, sync_all
 from rollout_bridge.weight_sync import Named, Row
 
 BLOCK_TOKENS = 128
@@ -109,7 +109,7 @@ class VllmEngine:
         has seed seeds[prompt] + i and depends on nothing else but prompt, weights and settings.
         """
         if self.version is None:
-            raise RuntimeError(f"a push to {self.name} broke off: its weights are a mixture; sync")
+            raise EngineError(f"a push to {self.name} broke off: its weights are a mixture; sync")
         check_request(
             prompts,
             seeds,
@@ -148,7 +148,7 @@ class VllmEngine:
     def start_sync(self) -> None:
         """First third of `sync`; see engines.sync_all."""
         if self._push == "failed":
-            raise RuntimeError(f"vLLM refused a layer for {self.name}; make a new engine")
+            raise EngineError(f"vLLM refused a layer for {self.name}; make a new engine")
         if self._push == "open":  # the last push broke off between two layers: close it
             self._llm.finish_weight_update()
         self.version = None
@@ -173,7 +173,7 @@ class VllmEngine:
         self._llm.finish_weight_update(weight_version=str(version))
         self._push = "none"
         if not self._llm.reset_prefix_cache():
-            raise RuntimeError(f"{self.name} could not reset its prefix cache after a push")
+            raise EngineError(f"{self.name} could not reset its prefix cache after a push")
         self.version = version
 
     @property

@@ -20,7 +20,7 @@ from typing import Any
 from longrl_jax.config import RolloutConfig
 from longrl_jax.types import Sample
 from rollout_bridge import weight_sync
-from rollout_bridge.engines import check_request, sync_all
+from rollout_bridge.engines import EngineError, check_request, sync_all
 from rollout_bridge.weight_sync import Named, SharedFile
 
 POLL_S = 0.5
@@ -82,7 +82,7 @@ class WorkerEngine:
     ) -> list[tuple[Sample, ...]]:
         """As VllmEngine.generate."""
         if self.version is None:
-            raise RuntimeError(f"a push to {self.name} broke off: its weights are a mixture; sync")
+            raise EngineError(f"a push to {self.name} broke off: its weights are a mixture; sync")
         vocab, hidden = self.shapes[weight_sync.EMBEDDING]
         check_request(
             prompts,
@@ -164,7 +164,7 @@ class WorkerEngine:
             self._process.kill()
             code = self._process.wait()
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        raise RuntimeError(
+        raise EngineError(
             f"{self.name} (pid {self.pid}) died in {method} with {how}; what it wrote is above. "
             "SIGKILL is most often the kernel's answer to too little memory: lower "
             "rollout.kv_cache_gib or rollout.max_model_len"
@@ -256,7 +256,7 @@ def _serve(connection: Connection) -> None:
                     assert engine is not None
                     reply = None, _answer(engine, method, args)
             except (ValueError, RuntimeError) as error:  # others end the process, with a trace
-                reply = (ValueError if isinstance(error, ValueError) else RuntimeError), str(error)
+                reply = (ValueError if isinstance(error, ValueError) else EngineError), str(error)
             connection.send(reply)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the learner is gone

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longrl_jax import convert, models
 from longrl_jax.config import RolloutConfig
+from longrl_jax.data import prompts
 
 ROOT = Path(__file__).parents[1]
 TINY_VILA = ROOT / "configs" / "models" / "tiny_vila.json"
@@ -79,7 +80,7 @@ def checkpoint(tmp_path_factory, corpus):
     out = tmp_path_factory.mktemp("init") / "checkpoint"
     done = run("init", TINY_VILA, out, "--corpus", corpus)
     assert done.returncode == 0, done.stderr
-    assert "frames of 32 x 32 px become 2 x 2 tokens" in done.stdout
+    assert "frames of 36 x 36 px become 1 x 1 tokens" in done.stdout
     return out
 
 
@@ -116,7 +117,7 @@ def test_init_writes_a_chat_template(checkpoint):
 
 def test_the_vocabulary_is_as_large_as_the_tokenizer(checkpoint):
     length = len(AutoTokenizer.from_pretrained(checkpoint / "llm"))
-    assert 261 < length <= 512
+    assert 261 < length <= 640
     assert json.loads((checkpoint / "llm" / "config.json").read_text())["vocab_size"] == length
     top = json.loads((checkpoint / "config.json").read_text())
     assert top["llm_cfg"]["vocab_size"] == length
@@ -137,12 +138,75 @@ def test_init_is_decided_by_the_seed(checkpoint, corpus, tmp_path):
 
 
 def test_init_of_a_text_model_without_corpus(tmp_path, tokens):
-    config = json.loads(TINY_VILA.read_text())["llm_cfg"] | {"tie_word_embeddings": False}
+    config = json.loads(TINY_VILA.read_text())["llm_cfg"] | {"tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
     call("init", tmp_path / "config.json", tmp_path / "out")
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 261  # 256 bytes and 5 specials
     got, want = our_logits(tmp_path / "out", tokens), torch_logits(tmp_path / "out", tokens)
     np.testing.assert_allclose(got, want, atol=LOGITS_ATOL)
+
+
+def test_time_tokens_are_one_token_wherever_they_stand(tmp_path, corpus):
+    call("init", TINY_VILA, tmp_path, "--corpus", corpus, "--time-tokens", "64")
+    tokenizer = prompts.load_tokenizer(tmp_path / "llm")
+    (id,) = tokenizer.encode("<14s>")
+    for before, after in [("", ""), ("x", "y"), ("a ", " b"), ("<12s>", "<16s>"), ("\n", "?")]:
+        tokens = tokenizer.encode(f"{before}<14s>{after}")
+        assert tokens == [*tokenizer.encode(before), id, *tokenizer.encode(after)]
+        assert tokenizer.decode(tokens) == f"{before}<14s>{after}"
+    times = [tokenizer.encode(f"<{t}s>") for t in range(64)]
+    assert len({tuple(time) for time in times}) == 64 and {len(time) for time in times} == {1}
+    assert len(tokenizer.encode("<64s>")) > 1
+    assert tokenizer.encode("1<vila/video>4s")[1] == tokenizer.encode("<vila/video>")[0]
+    assert prompts.decode_text(np.array([id]), tokenizer) == "<14s>"
+    prompts.answer_tokens("at <14s> is red", tokenizer)  # a word, not a special token
+    table = tensors_of(tmp_path)["llm/model.embed_tokens.weight"]
+    assert len(tokenizer) == len(table) <= 640
+
+
+def attention_of_layer_0(folder: Path, x: np.ndarray) -> np.ndarray:
+    """Weights [N, T, T] of normed states x [T, D], from the file's tensors, in complex numbers."""
+    cfg = json.loads((folder / "config.json").read_text())
+    state = {name: t.numpy() for name, t in tensors_of(folder).items()}
+    num_tokens, half = len(x), cfg["hidden_size"] // cfg["num_attention_heads"] // 2
+    rate = cfg["rope_theta"] ** (-np.arange(half) / half)
+    turn = np.exp(1j * np.arange(num_tokens)[:, None, None] * rate)
+
+    def turned(name):
+        weight, bias = (state[f"./model.layers.0.self_attn.{name}.{n}"] for n in ("weight", "bias"))
+        y = (x @ weight.T + bias).reshape(num_tokens, -1, 2, half)
+        return (y[:, :, 0] + 1j * y[:, :, 1]) * turn
+
+    q, k = turned("q_proj"), turned("k_proj")
+    k = k.repeat(q.shape[1] // k.shape[1], axis=1)
+    score = np.einsum("mnh,snh->nms", q, k.conj()).real / (2 * half) ** 0.5
+    score = np.where(np.tri(num_tokens, dtype=bool), score, -np.inf)
+    weight = np.exp(score - score.max(-1, keepdims=True))
+    return weight / weight.sum(-1, keepdims=True)
+
+
+def test_looking_back_heads_look_one_two_three_tokens_back(tmp_path, corpus):
+    num_tokens = 200
+    x = np.random.default_rng(0).standard_normal((num_tokens, 128)).astype(np.float32)
+    for folder, strength in (("firm", 5), ("random", 0)):
+        call("init", TINY_VILA, tmp_path / folder, "--looking-back", strength)
+    weight = attention_of_layer_0(tmp_path / "firm" / "llm", x)
+    for head, back in enumerate((1, 2, 3)):
+        there = weight[head].diagonal(-back)
+        assert (weight[head, back:].argmax(-1) == np.arange(num_tokens - back)).all()
+        assert there.mean() > 0.5
+    others = attention_of_layer_0(tmp_path / "random" / "llm", x)
+    assert others[:3].max(-1)[:, 100:].mean() < 0.5
+    for offset in (1, 2, 3):  # neither the other heads nor a random start prefer a place
+        assert weight[3].diagonal(-offset).mean() < 0.1
+        assert others[:, range(offset, num_tokens), range(num_tokens - offset)].mean() < 0.1
+    firm, random = (tensors_of(tmp_path / folder) for folder in ("firm", "random"))
+    changed = {name for name in firm if not torch.equal(firm[name], random[name])}
+    attention = "llm/model.layers.0.self_attn."
+    assert changed == {
+        "llm/lm_head.weight",
+        *(f"{attention}{n}_proj.{kind}" for n in "qk" for kind in ("weight", "bias")),
+    }
 
 
 @pytest.fixture
@@ -239,8 +303,8 @@ def test_inspect_says_what_a_folder_holds(published, capsys):
     vocab = tensors["llm/model.embed_tokens.weight"].shape[0]
     assert lines[:3] == [
         f"{published}: vila, {len(tensors)} tensors",
-        f"text: 4 layers of 128, 4 heads of 32 (2 for keys), vocabulary {vocab}, tied head",
-        "video: frames of 32 x 32 px become 2 x 2 tokens and a separator",
+        f"text: 4 layers of 128, 4 heads of 32 (2 for keys), vocabulary {vocab}, untied head",
+        "video: frames of 36 x 36 px become 1 x 1 tokens and a separator",
     ]
     text = [x for name, x in tensors.items() if name.startswith("llm/")]
     count = sum(x.numel() for x in text)
@@ -283,8 +347,11 @@ def test_init_refuses_in_one_line_and_leaves_nothing(tmp_path, tree, named):
         (["to-hf", "{checkpoint}", "{out}", "--shard-gib", "0"], "--shard-gib=0"),
         (["init", "{checkpoint}", "{out}"], "Is a directory"),
         (["init", str(TINY_VILA), "{out}", "--corpus", "none.txt"], "--corpus=none.txt is no file"),
+        (["init", str(TINY_VILA), "{out}", "--time-tokens", "-1"], "--time-tokens=-1 must be 0 or"),
+        (["init", str(TINY_VILA), "{out}", "--time-tokens", "380"], "385 special tokens and words"),
+        (["init", str(TINY_VILA), "{out}", "--looking-back", "nan"], "--looking-back=nan must be"),
     ],
-    ids=["no folder", "exists", "type", "shards", "directory", "corpus"],
+    ids=["no folder", "exists", "type", "shards", "directory", "corpus", "times", "words", "firm"],
 )
 def test_a_mistake_is_one_line(checkpoint, tmp_path, args, named):
     with pytest.raises(SystemExit) as error:

@@ -196,7 +196,7 @@ def test_the_projected_stage(model, wanted, film, store, pool):
 
 def test_padding_does_not_reach_the_frames_beside_it(encoder):
     rng = np.random.default_rng(0)
-    frames = rng.integers(0, 256, (encoder.chunk_frames, 32, 32, 3), dtype=np.uint8)
+    frames = rng.integers(0, 256, (encoder.chunk_sizes[-1], 32, 32, 3), dtype=np.uint8)
     other = frames.copy()
     other[5:] = rng.integers(0, 256, other[5:].shape, dtype=np.uint8)
     a, b = np.asarray(encoder.encode(frames)), np.asarray(encoder.encode(other))
@@ -205,12 +205,27 @@ def test_padding_does_not_reach_the_frames_beside_it(encoder):
 
 
 def test_frames_are_split_over_all_devices(model, encoder):
-    frames = np.zeros((encoder.chunk_frames, 32, 32, 3), np.uint8)
-    parts = encoder.encode(frames).addressable_shards
-    assert len({part.device for part in parts}) == 8
-    assert {part.data.shape[0] for part in parts} == {encoder.chunk_frames // 8}
-    assert make_encoder(model, chunk_frames=10).chunk_frames == 16
-    assert make_encoder(model, mesh=mesh_of(4, 2), chunk_frames=10).chunk_frames == 12
+    assert encoder.chunk_sizes == (8, 16)
+    for size in encoder.chunk_sizes:
+        parts = encoder.encode(np.zeros((size, 32, 32, 3), np.uint8)).addressable_shards
+        assert len({part.device for part in parts}) == 8
+        assert {part.data.shape[0] for part in parts} == {size // 8}
+    assert make_encoder(model, chunk_frames=10).chunk_sizes == (8, 16)
+    assert make_encoder(model, chunk_frames=3).chunk_sizes == (8,)
+    assert make_encoder(model, mesh=mesh_of(4, 2), chunk_frames=10).chunk_sizes == (8, 12)
+    assert make_encoder(model, mesh=mesh_of(3), chunk_frames=64).chunk_sizes == (9, 66)
+
+
+def test_films_of_every_length_need_two_programs(model, wanted, film, store, pool, caplog):
+    media = [medium(film, num_frames) for num_frames in (1, 8, 9, 64, 70)]
+    encoder, calls = counted(make_encoder(model, chunk_frames=encode.CHUNK_FRAMES))
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        for m in media:
+            got, _ = encode.embed(encoder, [prompt_of(m)], store, pool, decoder="pyav")
+            assert_close(got[m.key], wanted(m.grid[0]))
+    assert calls == [8, 8, 64, 64, 64, 8]  # 70 = 64 + 6
+    compiled = [r for r in caplog.records if r.getMessage().startswith("Compiling jit(run)")]
+    assert len(compiled) == 2
 
 
 def test_a_second_call_is_a_hit_and_decodes_nothing(encoder, film, store, pool, tmp_path):
@@ -218,7 +233,7 @@ def test_a_second_call_is_a_hit_and_decodes_nothing(encoder, film, store, pool, 
     prompts = [prompt_of(medium(path, 20)), prompt_of(medium(path, 20))]
     encoder, calls = counted(encoder)
     first, _ = encode.embed(encoder, prompts, store, pool, decoder="pyav")
-    assert len(calls) == 2  # 20 frames in chunks of 16; asked for twice, encoded once
+    assert calls == [16, 8]  # 20 frames; asked for twice, encoded once
     want = {key: np.array(value) for key, value in first.items()}
     path.unlink()
     for again in (store, VideoStore(store.path, 2**30)):  # the second as in the next run

@@ -5,7 +5,7 @@ is never saved, because that dies with another number of workers (docs/design.md
 """
 
 import dataclasses
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, Protocol
 
 import grain
@@ -70,7 +70,7 @@ def prompts(
 def prompts_at(
     source: Source,
     encode: Callable[[Example], Prompt],
-    indices: Sequence[int],
+    indices: Iterable[int],
     *,
     on_refused: OnRefused,
 ) -> list[Prompt | None]:

@@ -5,6 +5,7 @@ problem_type, reasoning, videos, answer). The plain form has the names of types.
 question, answer, kind, video, reasoning. Other fields are left alone.
 """
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -90,7 +91,9 @@ def open_records(root: Path, file: str) -> Records:
 def parse(line: bytes, *, root: Path, where: str) -> Example:
     """Turns one line into an Example; `where` (file:line) is what an error is named by."""
     try:
-        tree = json.loads(line)
+        tree = json.loads(line, object_pairs_hook=functools.partial(_unique, where))
+    except RecordError:
+        raise
     except (ValueError, RecursionError) as error:  # bad UTF-8 and endless brackets, too
         raise RecordError(where, f"not JSON ({error}); write one JSON object a line") from None
     if not isinstance(tree, dict):
@@ -105,6 +108,16 @@ def parse(line: bytes, *, root: Path, where: str) -> Example:
     texts["reasoning"] = _untagged_reasoning(texts["reasoning"], where)
     _check_media(tree, texts["video"], root, where)
     return Example(**texts)
+
+
+def _unique(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Builds an object; Python alone would keep the last of two fields of one name."""
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for name in names if names.count(name) > 1)
+        raise RecordError(where, f"the field {double!r} stands twice; keep one")
+    return tree
 
 
 def _text(tree: dict[str, Any], field: str, where: str) -> str:

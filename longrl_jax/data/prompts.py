@@ -4,6 +4,7 @@ The video comes before the question, so questions on one video share a long pref
 grid h * w media tokens and one separator token (NVlabs/VILA encoders/video/basic.py).
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -121,12 +122,14 @@ def encode_prompt(
     decoder: str,
     template: str,
     root: Path,
+    timestamp: str = "",
 ) -> Prompt:
     """Lays out the tokens of a question; of its video only the container is probed.
 
     layout: what the backbone says of a frame; None: a text-only model. num_frames, fps, decoder,
-    template and root are those of DataConfig; example.video was checked when the record was read.
-    Raises ValueError (for a bad file video.VideoError) that says why a record cannot be asked.
+    template, root and timestamp are those of DataConfig; example.video was checked when the record
+    was read. Raises ValueError (for a bad file video.VideoError) that says why a record cannot be
+    asked.
     """
     _refuse_special(example.question, tokenizer, f"the question of record {example.id!r}")
     asked = user_text(example, template)
@@ -143,11 +146,11 @@ def encode_prompt(
         num_frames=num_frames,
         fps=fps,
         decoder=decoder,
-        offset=len(head),
     )
-    frames = _frame_tokens(medium.grid, layout, tokenizer)
+    frames = _frame_tokens(medium, layout, tokenizer, timestamp)
     tokens = np.concatenate([head, frames, tail]).astype(np.int32)
     is_media = tokens == _one_token(layout.media_token, tokenizer)
+    medium = dataclasses.replace(medium, offset=int(is_media.argmax()))
     return _prompt(example, tokens, is_media=is_media, media=(medium,))
 
 
@@ -188,17 +191,19 @@ def _around_video(asked: str, media_token: str, tokenizer: Any) -> tuple[list[in
     return head, tail
 
 
-def _frame_tokens(grid: tuple[int, int, int], layout: VideoLayout, tokenizer: Any) -> np.ndarray:
-    """Returns t times (h * w media tokens, separator)."""
-    num_frames, height, width = grid
+def _frame_tokens(medium: Media, layout: VideoLayout, tokenizer: Any, timestamp: str) -> np.ndarray:
+    """Returns for every frame: its time where timestamp is set, h * w media tokens, separator."""
+    _, height, width = medium.grid
     frame = np.full(height * width + 1, _one_token(layout.media_token, tokenizer), np.int32)
     frame[-1] = _one_token(layout.separator, tokenizer)
-    return np.tile(frame, num_frames)
+    if not timestamp:
+        return np.tile(frame, len(medium.times_s))
+    _refuse_special(timestamp, tokenizer, f"data.timestamp={timestamp!r}")
+    times = [_tokens(timestamp.format(t=t), tokenizer) for t in medium.times_s]
+    return np.concatenate([np.concatenate([time, frame]) for time in times])
 
 
-def _video(
-    path: Path, layout: VideoLayout, *, num_frames: int, fps: float, decoder: str, offset: int
-) -> Media:
+def _video(path: Path, layout: VideoLayout, *, num_frames: int, fps: float, decoder: str) -> Media:
     duration_s = video.probe(path, decoder=decoder).duration_s
     times_s = video.frame_times(duration_s, num_frames=num_frames, fps=fps)
     sampling = {
@@ -216,7 +221,7 @@ def _video(
         times_s=times_s,
         size=layout.image_size,
         num_tokens=math.prod(grid),
-        offset=offset,
+        offset=0,  # until its frames are laid out
     )
 
 
@@ -260,4 +265,4 @@ def _refuse_special(text: str, tokenizer: Any, what: str) -> None:
     for token in _tokens(text, tokenizer):
         if token in special:
             name = tokenizer.convert_ids_to_tokens(token)
-            raise ValueError(f"{what} contains the special token {name}; take it out of the record")
+            raise ValueError(f"{what} contains the special token {name}; take it out")

@@ -1,11 +1,9 @@
 """Synthetic long-video questions: real H.264 files whose answers need the frames, by seed.
 
-    python -m longrl_jax.data.synthetic data/tiny --clips 160 --validation 32
+    python -m longrl_jax.data.synthetic data/tiny --clips 300 --validation 80
 
-The world: four coloured pads in the corners; three to five visitors, no two of one colour, cross
-one after another; then a white walker heads for one of the pads, and the film stops before it is
-there. Questions are of LongVideo-Reason's four kinds. Options are written "text = letter": a tiny
-model learns that look-up, but not "letter ) text" (each letter after its text is one step away).
+What happens in a film, and what is asked about it, is in data/stories.py: coloured visitors cross
+the field, then a white walker heads for a pad, and the film stops before it is there.
 """
 
 import argparse
@@ -22,30 +20,31 @@ import numpy as np
 from tqdm import tqdm
 
 from longrl_jax.data import prompts
+from longrl_jax.data.stories import (
+    COLORS,
+    FPS,
+    KINDS,
+    LETTERS,
+    NUM_FRAMES,
+    Story,
+    Visitor,
+    ask,
+    lesson_looking,
+    lesson_naming,
+    lesson_options,
+    lesson_told,
+    make_story,
+)
 from longrl_jax.types import Example
 
-COLORS = {
-    "red": (230, 40, 40),
-    "green": (40, 200, 60),
-    "blue": (60, 90, 240),
-    "yellow": (235, 220, 50),
-    "purple": (170, 60, 200),
-    "orange": (245, 140, 30),
-}
-WALKER_COLOR = (250, 250, 250)
-SHAPES = ("circle", "square", "triangle", "cross")
-SIDES = ("left", "right", "top", "bottom")
-CORNERS = ("top-left", "top-right", "bottom-left", "bottom-right")
-KINDS = ("temporal", "goal", "plot", "spatial")
-LETTERS = "ABCD"
 SPLITS = ("train", "validation")
+LESSONS = ("options", "told", "naming", "looking", "grounding")
+"""Files of lessons beside train.jsonl; grounding.jsonl mixes looking, told and train."""
+LOOKING_PER_CLIP = 4
 
-NUM_FRAMES, SIZE, FPS = 64, 64, 1
-"""Of every film: frames, pixels along a side, frames a second."""
-FRAMES_PER_TIME_WORD = 2
-"""t0 to t31 name the pairs of frames."""
-WALKER_FRAMES = 10
-"""The last frames, in which the walker walks."""
+SIZE = 64
+"""Pixels along a side of every film."""
+WALKER_COLOR = (250, 250, 250)
 PAD_SIZE = SIZE // 8
 VISITOR_RADIUS, WALKER_RADIUS = 0.13 * SIZE, 0.08 * SIZE
 MAX_OFFSET = 0.15 * SIZE
@@ -57,45 +56,17 @@ NOISE = 3.0
 MAX_CLIPS = 100_000  # five digits name a film
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Visitor:
-    """Crosses the field in the frames [enter, leave)."""
-
-    color: str
-    shape: str
-    side: str
-    """Where it comes from; it leaves at the opposite side."""
-    enter: int
-    leave: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.color} {self.shape}"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Story:
-    """What happens in a film."""
-
-    visitors: tuple[Visitor, ...]
-    """In the order that they come."""
-    pads: tuple[str, ...]
-    """Colour of the pad in each of CORNERS."""
-    goal: int
-    """Index of the walker's pad."""
-    walker_enter: int
-    """First frame of the walker, which stays to the end."""
-
-    @property
-    def goal_color(self) -> str:
-        return self.pads[self.goal]
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes a data set; a mistake of the user's is one line, not a trace."""
     args = _parser().parse_args(argv)
     try:
-        write_dataset(args.folder, clips=args.clips, validation=args.validation, seed=args.seed)
+        write_dataset(
+            args.folder,
+            clips=args.clips,
+            validation=args.validation,
+            lessons=args.lessons,
+            seed=args.seed,
+        )
     except ValueError as error:
         sys.exit(f"synthetic: {error}")
     sys.stdout.write(
@@ -104,40 +75,70 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def write_dataset(folder: Path, *, clips: int, validation: int, seed: int) -> None:
+def write_dataset(
+    folder: Path, *, clips: int, validation: int, lessons: int = 0, seed: int = 0
+) -> None:
     """Writes videos/NNNNN.mp4, train.jsonl, validation.jsonl (other films) and corpus.txt.
 
-    train.jsonl comes last: where it exists, everything else is whole. The held-out films do not
-    depend on the number of training films, nor the other way round.
+    lessons: also writes so many text lessons each as options.jsonl and told.jsonl, and for each
+    training film one as naming.jsonl and LOOKING_PER_CLIP as looking.jsonl; grounding.jsonl mixes
+    looking with some of told and train. train.jsonl comes last: where it exists, all else is whole.
+    The held-out films do not depend on the number of training films, nor the other way round.
     """
-    if clips < 1 or validation < 0 or clips + validation > MAX_CLIPS:
+    if clips < 1 or validation < 0 or lessons < 0 or clips + validation > MAX_CLIPS:
         raise ValueError(
-            f"--clips {clips} --validation {validation}: make it at least 1 film to train on, 0 "
-            f"held out, and at most {MAX_CLIPS} in all"
+            f"--clips {clips} --validation {validation} --lessons {lessons}: make it at least 1 "
+            f"film to train on, 0 held out, 0 lessons, and at most {MAX_CLIPS} films in all"
         )
     if seed < 0:
         raise ValueError(f"--seed {seed} must be 0 or more")
     if (folder / "train.jsonl").exists():
         raise ValueError(f"{folder} already holds a data set; delete it or name another folder")
     (folder / "videos").mkdir(parents=True, exist_ok=True)
-    splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
+    records: dict[str, list[Example]] = {name: [] for name in (*LESSONS, "validation", "train")}
     jobs = [("train", i, i) for i in range(clips)]
     jobs += [("validation", i, clips + i) for i in range(validation)]
     for split, index, number in tqdm(jobs, desc="films", unit="film", dynamic_ncols=True):
         story, frames_FHW3, asked = make_clip(seed, split, index)
         path = f"videos/{number:05d}.mp4"
         write_video(folder / path, frames_FHW3)
-        splits[split] += [dataclasses.replace(example, video=path) for example in asked]
-    (folder / "corpus.txt").write_text("".join(corpus(splits["train"])), encoding="utf-8")
-    for split in ("validation", "train"):
-        _write_records(folder / f"{split}.jsonl", splits[split])
+        records[split] += [dataclasses.replace(example, video=path) for example in asked]
+        if lessons and split == "train":
+            for name, lesson in make_film_lessons(story, seed, index):
+                records[name].append(dataclasses.replace(lesson, video=path))
+    records |= make_text_lessons(seed, lessons)
+    looking = records["looking"]
+    mixed = [*looking, *records["told"][: len(looking) // 3], *records["train"][::2]]
+    records["grounding"] = mixed if lessons else []
+    learnt = [e for name in ("options", "told", "looking", "train") for e in records[name]]
+    (folder / "corpus.txt").write_text("".join(corpus(learnt)), encoding="utf-8")
+    for name, examples in records.items():
+        if examples or name not in LESSONS:
+            _write_records(folder / f"{name}.jsonl", examples)
+
+
+def make_film_lessons(story: Story, seed: int, index: int) -> Iterator[tuple[str, Example]]:
+    """Yields (file, lesson) of a training film."""
+    rng = np.random.default_rng([seed, len(SPLITS), index])
+    yield "naming", lesson_naming(story, id=str(index))
+    for i in range(LOOKING_PER_CLIP):
+        yield "looking", lesson_looking(story, rng, id=f"{index}-{i}")
+
+
+def make_text_lessons(seed: int, number: int) -> dict[str, list[Example]]:
+    """Returns `number` lessons each of the options of a question and of told stories."""
+    rngs = [np.random.default_rng([seed, len(SPLITS) + 1, i]) for i in range(number)]
+    return {
+        "options": [lesson_options(rng, id=str(i)) for i, rng in enumerate(rngs)],
+        "told": [lesson_told(rng, id=str(i)) for i, rng in enumerate(rngs)],
+    }
 
 
 def make_clip(seed: int, split: str, index: int) -> tuple[Story, np.ndarray, list[Example]]:
     """Returns story, frames uint8 [F, SIZE, SIZE, 3] and one question of each kind.
 
-    Depends on its arguments alone. Each of the four questions has another letter as its answer,
-    and over four clips each kind has each letter once: "always B" is right one time in four.
+    Depends on its arguments alone. Each question with options has another letter as its answer, and
+    over four clips each kind has each letter once: "always B" is right one time in four.
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     story = make_story(rng)
@@ -147,31 +148,6 @@ def make_clip(seed: int, split: str, index: int) -> tuple[Story, np.ndarray, lis
         for k, kind in enumerate(KINDS)
     ]
     return story, frames_FHW3, asked
-
-
-def make_story(rng: np.random.Generator) -> Story:
-    num_visitors = int(rng.integers(3, 6))
-    walker_enter = NUM_FRAMES - WALKER_FRAMES
-    every = walker_enter // num_visitors
-    enters = [0, *(k * every + int(rng.integers(-2, 3)) for k in range(1, num_visitors))]
-    leaves = [*(enter - 1 for enter in enters[1:]), walker_enter - 1]  # an empty frame between
-    colors = rng.permutation(list(COLORS))[:num_visitors]
-    visitors = [
-        Visitor(
-            color=str(color),
-            shape=str(rng.choice(SHAPES)),
-            side=str(rng.choice(SIDES)),
-            enter=enter,
-            leave=leave,
-        )
-        for color, enter, leave in zip(colors, enters, leaves, strict=True)
-    ]
-    return Story(
-        visitors=tuple(visitors),
-        pads=tuple(map(str, rng.permutation(list(COLORS))[: len(CORNERS)])),
-        goal=int(rng.integers(len(CORNERS))),
-        walker_enter=walker_enter,
-    )
 
 
 def draw(story: Story, rng: np.random.Generator) -> np.ndarray:
@@ -194,8 +170,7 @@ def draw(story: Story, rng: np.random.Generator) -> np.ndarray:
 
 def visitor_place(visitor: Visitor, t: int, offset: float) -> tuple[float, float]:
     """Returns (y, x) in pixels at frame t; a visitor comes in and goes out half hidden."""
-    share = (t - visitor.enter) / (visitor.leave - 1 - visitor.enter)
-    along, across = (-0.05 + 1.1 * share) * SIZE, SIZE / 2 + offset
+    along, across = visitor.along(t) * SIZE, SIZE / 2 + offset
     return {
         "left": (across, along),
         "right": (across, SIZE - along),
@@ -211,78 +186,6 @@ def walker_place(story: Story, t: int) -> tuple[float, float]:
     goal_x = margin if story.goal % 2 == 0 else SIZE - margin
     share = WALKER_REACH * (t - story.walker_enter) / (NUM_FRAMES - 1 - story.walker_enter)
     return middle + (goal_y - middle) * share, middle + (goal_x - middle) * share
-
-
-def narration(story: Story) -> str:
-    """Returns all that happens, with its times, in the words that questions use."""
-    lines = [f"{_time(v.enter)} {v.name} from {v.side} ." for v in story.visitors]
-    corner = CORNERS[story.goal]
-    walk = f"{_time(story.walker_enter)} white walker to {corner} {story.goal_color} pad ."
-    return " ".join([*lines, walk])
-
-
-def ask(story: Story, kind: str, rng: np.random.Generator, *, letter: str, id: str) -> Example:
-    """Returns a question of a kind whose right option gets `letter`; the others are shuffled."""
-    question, clause, right, wrong = ASKERS[kind](story, rng)
-    options = [str(option) for option in rng.permutation(wrong)]
-    options.insert(LETTERS.index(letter), right)
-    listed = " ".join(f"{option} = {name}" for option, name in zip(options, LETTERS, strict=True))
-    return Example(
-        id=f"{id}-{kind}",
-        question=f"{question} ? {listed}",
-        answer=letter,
-        kind=kind,
-        reasoning=f"{narration(story)} {clause} {right} = {letter}",
-    )
-
-
-Asked = tuple[str, str, str, list[str]]
-"""Question, first words of the conclusion, right option, three wrong options."""
-
-
-def _ask_temporal(story: Story, rng: np.random.Generator) -> Asked:
-    """Who came right before or after another? Wrong options are other visitors first, then some
-    that never came; no colour twice, so that the options alone tell nothing."""
-    i = int(rng.integers(len(story.visitors) - 1))
-    known, right, word = story.visitors[i], story.visitors[i + 1], "after"
-    if rng.integers(2):
-        known, right, word = right, known, "before"
-    wrong = [v.name for v in story.visitors if v not in (known, right)]
-    absent = [color for color in COLORS if color not in {v.color for v in story.visitors}]
-    strangers = [f"{color} {rng.choice(SHAPES)}" for color in rng.permutation(absent)]
-    wrong = (wrong + strangers)[:3]
-    question = f"which visitor came right {word} the {known.name}"
-    return question, f"right {word} {known.name} is", right.name, wrong
-
-
-def _ask_goal(story: Story, rng: np.random.Generator) -> Asked:
-    wrong = [f"{color} pad" for color in story.pads if color != story.goal_color]
-    right = f"{story.goal_color} pad"
-    return "what is the white walker trying to reach", "walker wants", right, wrong
-
-
-def _ask_plot(story: Story, rng: np.random.Generator) -> Asked:
-    first = [v.color for v in story.visitors[:3]]
-    others = [(0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
-    chosen = rng.permutation(len(others))[:3]
-    wrong = [" ".join(first[i] for i in others[k]) for k in chosen]
-    question = "in which order do the first three visitors come"
-    return question, "order is", " ".join(first), wrong
-
-
-def _ask_spatial(story: Story, rng: np.random.Generator) -> Asked:
-    visitor = story.visitors[int(rng.integers(len(story.visitors)))]
-    wrong = [side for side in SIDES if side != visitor.side]
-    question = f"from which side does the {visitor.name} come"
-    return question, f"{visitor.name} from", visitor.side, wrong
-
-
-ASKERS = {
-    "temporal": _ask_temporal,
-    "goal": _ask_goal,
-    "plot": _ask_plot,
-    "spatial": _ask_spatial,
-}
 
 
 def write_video(path: Path, frames_FHW3: np.ndarray) -> None:
@@ -336,10 +239,6 @@ def _inside(shape: str, at: tuple[float, float], radius: float) -> np.ndarray:
     return (thin <= 0.33 * radius) & (long <= radius)
 
 
-def _time(frame: int) -> str:
-    return f"t{frame // FRAMES_PER_TIME_WORD}"
-
-
 def _write_records(path: Path, examples: Sequence[Example]) -> None:
     """Writes one JSON line a record, whole or not at all."""
     partial = path.with_suffix(".partial")
@@ -360,11 +259,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--clips",
         type=int,
-        default=160,
-        help="films to train on, one question of each kind a film (default 160)",
+        default=300,
+        help=f"films to train on, {len(KINDS)} questions a film (default 300)",
     )
     parser.add_argument(
-        "--validation", type=int, default=32, help="other films, held out (default 32)"
+        "--validation", type=int, default=80, help="other films, held out (default 80)"
+    )
+    parser.add_argument(
+        "--lessons",
+        type=int,
+        default=0,
+        help="also write lessons for a model that knows nothing: this many each as options.jsonl "
+        "and told.jsonl (text only), and some for each film as naming.jsonl and looking.jsonl "
+        "(default 0: none)",
     )
     parser.add_argument(
         "--seed",

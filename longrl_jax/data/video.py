@@ -47,7 +47,7 @@ KINDS: dict[str, str] = {
     "no_duration": "rewrite the container: ffmpeg -i IN -c copy OUT.mp4",
     "unsupported_codec": "set data.decoder=pyav, or transcode the file to H.264",
     "unsupported_container": "set data.decoder=pyav, or ffmpeg -i IN -c copy OUT.mp4",
-    "truncated": "fetch the file again",
+    "truncated": "fetch the file again; if it is whole, rewrite it: ffmpeg -i IN OUT.mp4",
     "corrupt": "fetch the file again, or transcode it",
     "wrong_time": "rewrite the time stamps: ffmpeg -i IN OUT.mp4",
     "timeout": "raise data.decode_timeout_s, or transcode the file",

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from longrl_jax.models import hf_files, qwen2, vila, weights
+from longrl_jax.platform import disk_error
 
 BACKBONES: dict[str, ModuleType] = {"qwen2": qwen2, "vila": vila}
 MODEL_TYPES = {"qwen2": "qwen2", "llava_llama": "vila", "vila": "vila"}
@@ -28,7 +29,7 @@ def backbone_of(source: Path | str | Mapping[str, Any], *, where: str = "") -> M
         where = f"{source}/config.json"
         source = hf_files.read_json(Path(source) / "config.json")
     model_type = source.get("model_type")
-    if model_type not in MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         raise ValueError(
             f"{where}: model_type={model_type!r} is unknown; "
             f"choose a checkpoint of {', '.join(sorted(MODEL_TYPES))}"
@@ -50,11 +51,14 @@ def load(folder: Path | str, *, mesh: jax.sharding.Mesh | None = None) -> tuple[
     tensors = hf_files.open_tensors(folder, backbone.FOLDERS)
     places = weights.shardings(abstract, table, mesh) if mesh is not None else {}
     arrays: dict[str, jax.Array] = {}
-    for path, x in weights.from_hf(abstract, table, tensors, ignored=backbone.IGNORED):
-        if mesh is None:
-            arrays[path] = jax.numpy.asarray(x)
-        else:  # by callback: in a run of many processes each one places its own part
-            arrays[path] = jax.make_array_from_callback(x.shape, places[path], x.__getitem__)
+    try:
+        for path, x in weights.from_hf(abstract, table, tensors, ignored=backbone.IGNORED):
+            if mesh is None:
+                arrays[path] = jax.numpy.asarray(x)
+            else:  # by callback: in a run of many processes each one places its own part
+                arrays[path] = jax.make_array_from_callback(x.shape, places[path], x.__getitem__)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
     return cfg, nnx.merge(graphdef, weights.with_arrays(abstract, arrays))
 
 
@@ -171,15 +175,25 @@ def write_parts(
 
 def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
     """Calls write(temporary folder) and renames that to `folder`, which must be new or empty."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, a checkpoint is a folder; name a new one")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} exists and is not empty; name a new folder or remove it")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write(partial)
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
+    try:
+        partial.mkdir(parents=True)
+        write(partial)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except OSError as error:
+        said = disk_error(error, folder, "free some space, or name a folder on another disk")
+        shutil.rmtree(partial, ignore_errors=True)
+        raise said from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def arrays_of(model: nnx.Module | nnx.State) -> dict[str, Any]:

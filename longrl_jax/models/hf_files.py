@@ -4,6 +4,7 @@ Numbers keep their type: bfloat16 is `ml_dtypes.bfloat16` in numpy.
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 """Type names of the safetensors format that we read."""
+MAX_SIZE = 2**24
+"""Over every size of a published model; more would only fill the memory."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+"""Ends of tensor files that may run code when they are opened; they never are."""
 
 
 class Tensors(Mapping[str, np.ndarray]):
@@ -79,13 +84,19 @@ def open_tensors(folder: Path, subfolders: Iterable[str] = ("",)) -> Tensors:
     tensor that is not there.
     """
     files: dict[str, tuple[Path, str]] = {}
+    subfolders = tuple(subfolders)
     for sub in subfolders:
         prefix = f"{sub}/" if sub else ""
         for name, path in _files_of(folder / sub).items():
             files[prefix + name] = (path, name)
     if not files:
+        folders = [folder / sub for sub in subfolders]
+        pickles = [p for f in folders if f.is_dir() for p in f.iterdir() if p.suffix in PICKLES]
+        odd = (
+            f", only {min(pickles).name}, which may run code and is never opened" if pickles else ""
+        )
         raise ValueError(
-            f"{folder} holds no safetensors files; convert other formats to safetensors first"
+            f"{folder} holds no safetensors files{odd}; convert other formats to safetensors first"
         )
     return Tensors(files)
 
@@ -107,7 +118,10 @@ def write_tensors(
 
     def flush() -> None:
         path = folder / f"shard-{len(written)}.partial"
-        save_file(shard, path, metadata={"format": "pt"})  # transformers asks for this entry
+        try:
+            save_file(shard, path, metadata={"format": "pt"})  # transformers asks for this entry
+        except SafetensorError as error:  # what it calls a full disk, among others
+            raise OSError(f"{path} cannot be written ({error})") from None
         written.append((path, list(shard)))
         shard.clear()
         sizes_bytes.append(0)
@@ -149,12 +163,35 @@ def positive_int(tree: Mapping[str, Any], name: str, where: str) -> int:
     value = tree.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{where}: {name}={value!r} must be a positive whole number")
+    if value > MAX_SIZE:
+        raise ValueError(f"{where}: {name}={value} is over {MAX_SIZE}; is the file damaged?")
+    return value
+
+
+def positive_float(tree: Mapping[str, Any], name: str, default: float, where: str) -> float:
+    """Returns tree[name], or the default where it lacks; `where` is for the error."""
+    value = tree.get(name, default)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and value > 0 and math.isfinite(value)):
+        raise ValueError(f"{where}: {name}={value!r} must be a positive number")
+    return float(value)
+
+
+def part(tree: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
+    """Returns the object tree[name], empty where it lacks or is null; `where` is for the error."""
+    value = tree.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: {name}={value!r} must be an object of named fields")
     return value
 
 
 def _files_of(folder: Path) -> dict[str, Path]:
     """Returns tensor name -> file; empty where the folder has no tensors."""
     if (folder / INDEX).exists():
+        if (folder / SINGLE).exists():
+            raise ValueError(
+                f"{folder} holds {SINGLE} and {INDEX}: two sets of tensors; remove the stale one"
+            )
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{folder / INDEX} has no weight_map; download the folder again")

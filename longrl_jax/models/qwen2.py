@@ -54,7 +54,8 @@ def parse_config(tree: Mapping[str, Any], *, where: str) -> Config:
     model_type = tree.get("model_type")
     if model_type != "qwen2":
         raise ValueError(f"{where}: model_type is {model_type!r}, this decoder is 'qwen2'")
-    rope = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
+    rope = hf_files.part(tree, "rope_parameters", where)
+    rope = rope or hf_files.part(tree, "rope_scaling", where)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     refused = {
         "rope_parameters.rope_type": (rope_type, "default"),
@@ -69,7 +70,16 @@ def parse_config(tree: Mapping[str, Any], *, where: str) -> Config:
         hf_files.positive_int(tree, "hidden_size", where),
         hf_files.positive_int(tree, "num_attention_heads", where),
     )
-    num_kv_heads = tree.get("num_key_value_heads") or num_heads
+    num_kv_heads, head_dim = num_heads, width // num_heads
+    if tree.get("num_key_value_heads") is not None:
+        num_kv_heads = hf_files.positive_int(tree, "num_key_value_heads", where)
+    if tree.get("head_dim") is not None:
+        head_dim = hf_files.positive_int(tree, "head_dim", where)
+    if head_dim % 2 or (tree.get("head_dim") is None and width % num_heads):
+        raise ValueError(
+            f"{where}: hidden_size={width} and num_attention_heads={num_heads} give heads of "
+            f"{width / num_heads:g}, head_dim={tree.get('head_dim')}; a head must be whole and even"
+        )
     if num_heads % num_kv_heads:
         raise ValueError(
             f"{where}: num_attention_heads={num_heads} is no multiple of "
@@ -81,10 +91,10 @@ def parse_config(tree: Mapping[str, Any], *, where: str) -> Config:
         num_layers=hf_files.positive_int(tree, "num_hidden_layers", where),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=tree.get("head_dim") or width // num_heads,
+        head_dim=head_dim,
         mlp_width=hf_files.positive_int(tree, "intermediate_size", where),
-        norm_eps=float(tree.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta", tree.get("rope_theta", 1e4))),
+        norm_eps=hf_files.positive_float(tree, "rms_norm_eps", 1e-6, where),
+        rope_theta=hf_files.positive_float({**tree, **rope}, "rope_theta", 1e4, where),
         tied=bool(tree.get("tie_word_embeddings", False)),
     )
 
@@ -144,7 +154,8 @@ class Decoder(nnx.Module):
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg = cfg
         std = 1 / math.sqrt(cfg.width)  # logits of order 1 at birth, tied or not
-        self.table = nnx.Param(std * rngs.params.normal((cfg.vocab_size, cfg.width)))
+        table_std = std if cfg.tied else 1.0  # as long as what the layers add to it
+        self.table = nnx.Param(table_std * rngs.params.normal((cfg.vocab_size, cfg.width)))
         self.layers = layers.stack(cfg.num_layers, lambda r: Layer(cfg, rngs=r), rngs)
         self.norm = layers.RmsNorm(cfg.width, eps=cfg.norm_eps)
         self.head_kernel = (

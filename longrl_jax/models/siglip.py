@@ -47,7 +47,7 @@ def parse_config(tree: Mapping[str, Any], *, where: str) -> Config:
     model_type = tree.get("model_type")
     if model_type not in ("siglip_vision_model", "siglip"):
         raise ValueError(f"{where}: model_type is {model_type!r}, this is 'siglip_vision_model'")
-    tree = tree.get("vision_config", tree)
+    tree = hf_files.part(tree, "vision_config", where) or tree
     if (act := tree.get("hidden_act", "gelu_pytorch_tanh")) != "gelu_pytorch_tanh":
         raise ValueError(f"{where}: hidden_act={act!r} is not supported, only gelu_pytorch_tanh is")
     cfg = Config(
@@ -58,8 +58,12 @@ def parse_config(tree: Mapping[str, Any], *, where: str) -> Config:
         num_layers=hf_files.positive_int(tree, "num_hidden_layers", where),
         num_heads=hf_files.positive_int(tree, "num_attention_heads", where),
         mlp_width=hf_files.positive_int(tree, "intermediate_size", where),
-        norm_eps=float(tree.get("layer_norm_eps", 1e-6)),
+        norm_eps=hf_files.positive_float(tree, "layer_norm_eps", 1e-6, where),
     )
+    if cfg.patch_size > cfg.image_size:
+        raise ValueError(
+            f"{where}: patch_size={cfg.patch_size} is over image_size={cfg.image_size}: no patch"
+        )
     if cfg.num_channels != 3:
         raise ValueError(f"{where}: num_channels={cfg.num_channels}, video frames have 3")
     if cfg.width % cfg.num_heads:

@@ -213,7 +213,7 @@ def _refuse_unsupported(top: Mapping[str, Any], *, where: str) -> None:
                 f"{where}: {name}={top[name]!r}: several image scales are not supported yet; "
                 "choose a checkpoint with one scale"
             )
-    encoder = top.get("video_encoder") or {}
+    encoder = hf_files.part(top, "video_encoder", where)
     target = str(encoder.get("_target_", "BasicVideoEncoder")).rpartition(".")[2]
     if target != "BasicVideoEncoder":
         raise ValueError(
@@ -234,7 +234,7 @@ def _refuse_unsupported(top: Mapping[str, Any], *, where: str) -> None:
 def _num_vision_layers(top: Mapping[str, Any], vision: siglip.Config, *, where: str) -> int:
     """Hidden state i follows i layers, so -2 means all layers but the last."""
     select = top.get("mm_vision_select_layer", -2)
-    if not isinstance(select, int):
+    if not isinstance(select, int) or isinstance(select, bool):
         raise ValueError(f"{where}: mm_vision_select_layer={select!r} must be a whole number")
     num = select if select >= 0 else vision.num_layers + 1 + select
     if not 1 <= num <= vision.num_layers:

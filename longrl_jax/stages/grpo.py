@@ -15,22 +15,25 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 import rollout_bridge
-from longrl_jax import rewards
+from longrl_jax import journal, rewards
 from longrl_jax.advantages import ADVANTAGES
 from longrl_jax.config import Config, pick
 from longrl_jax.data.refused import RefusedLog
-from longrl_jax.metrics import Phases, RunLog, averages
+from longrl_jax.metrics import Phases, averages
 from longrl_jax.stages import policy as opened
-from longrl_jax.stages import questions, update
+from longrl_jax.stages import questions, saving, update
 from longrl_jax.stages.evaluation import evaluate, is_due, scored
 from longrl_jax.stages.policy import Policy
-from longrl_jax.types import Prompt, Rollout
+from longrl_jax.types import Prompt, Rollout, Scored
 
 SHOWN = ("reward/total", "loss", "gap/max", "time/step_s")
 
 
 def run(cfg: Config) -> None:
-    """Trains model.path with GRPO and leaves metrics, rollouts, scores and an export in run.dir."""
+    """Trains model.path with GRPO and leaves metrics, rollouts, scores and an export in run.dir.
+
+    A run.dir with an unfinished run of this config is gone on with.
+    """
     folder = Path(cfg.run.dir)
     policy, state = opened.open_policy(cfg)
     encoder = opened.open_encoder(policy, state)
@@ -39,30 +42,35 @@ def run(cfg: Config) -> None:
     pass_logps = update.make_pass_logps(cfg, policy)
     train_step = update.make_grpo_update(cfg, policy, state)
     advantage = pick(ADVANTAGES, cfg.algorithm.advantage, "algorithm.advantage")
+    saver, state = saving.open_saver(cfg, policy, state, reference=reference)
     phases = Phases()
     with contextlib.ExitStack() as stack:
         refused = stack.enter_context(RefusedLog(folder / "refused.jsonl"))
         embed = stack.enter_context(questions.open_embedder(cfg, encoder, refused, phases))
         engines = stack.enter_context(opened.open_engines(cfg, policy))
-        log = stack.enter_context(RunLog(folder, cfg.run.num_steps, name="grpo"))
+        log = stack.enter_context(saver.open_log("grpo"))
         held_out = questions.validation(cfg, policy, refused)
-        opened.push(engines, policy, state, version=0)
+        opened.push(engines, policy, state, version=saver.first_step)
         empty_steps = 0
         phases.take()  # what came before belongs to no step
-        for number, asked in questions.training(cfg, policy, refused):
+        for number, asked in questions.training(cfg, policy, refused, first_step=saver.first_step):
             kept, features = embed(asked, number)
             values: dict[str, Any] = {}
             empty_steps = questions.count_empty(kept, empty_steps, refused)
             if kept:
-                with phases.phase("embed"):
-                    embeddings = to_inputs(state, kept, features)
-                with phases.phase("rollout"):
-                    groups = roll_out(cfg, engines, kept, embeddings, number=number)
-                with phases.phase("reward"):
-                    reward_GR, valid_GR, parts, texts = judge(cfg, policy, groups)
-                    advantage_GR = advantage(reward_GR, valid_GR)
+                entry = saver.replayed(number, kept)  # of a run that was killed after sampling
+                if entry is None:
+                    with phases.phase("embed"):
+                        embeddings = to_inputs(state, kept, features)
+                    entry = draw(cfg, policy, engines, kept, embeddings, phases, number=number)
+                    with phases.phase("journal"):
+                        saver.journal(number, entry)
                 with phases.phase("batch"):
-                    passes = update.make_passes(cfg, policy, groups, features, list(advantage_GR))
+                    reward_GR, valid_GR = totals(cfg, entry)
+                    advantage_GR = advantage(reward_GR, valid_GR)
+                    passes = update.make_passes(
+                        cfg, policy, entry.groups, features, list(advantage_GR)
+                    )
                 reference_nBA = None
                 if reference is not None:
                     with phases.phase("logps"):
@@ -70,26 +78,44 @@ def run(cfg: Config) -> None:
                 with phases.phase("update"):
                     state, stats = train_step(state, passes, reference_nBA)
                     means = averages(jax.device_get(stats))
-                save = functools.partial(opened.export, policy, state, folder / "export")
+                save = functools.partial(saver.export, state)
                 update.stop_if_not_finite(means, number=number, save=save)
                 with phases.phase("push"):
                     opened.push(engines, policy, state, version=number)
-                values = means | reward_values(reward_GR, valid_GR, parts, groups)
-                values |= prefix_cache_values(engines)
-                log.rollouts(number, answer_rows(groups, texts, parts, advantage_GR))
+                values = means | reward_values(reward_GR, valid_GR, entry) | entry.values
+                log.rollouts(number, answer_rows(cfg, policy, entry, advantage_GR))
             counts = {
                 "groups": len(kept),
                 "refused": refused.count,
                 "compilations": train_step.num_compilations + pass_logps.num_compilations,
             }
             log.step(number, values | counts | phases.take(), shown=SHOWN)
-            if cfg.run.export and number == cfg.run.num_steps:
-                opened.export(policy, state, folder / "export")
+            scores = None
             if held_out and is_due(cfg, number):
                 inputs = functools.partial(to_inputs, state)
                 scores = evaluate(cfg, policy, engines, held_out, embed, inputs, step=number)
                 log.evaluation(number, scores)
-                phases.take()  # an evaluation's seconds belong to no step
+            saver.after_step(number, state, scores)
+            phases.take()  # the seconds of evaluation and checkpoint belong to no step
+        saver.finish(state)
+
+
+def draw(
+    cfg: Config,
+    policy: Policy,
+    engines: Sequence[rollout_bridge.Engine],
+    asked: Sequence[Prompt],
+    embeddings: Sequence[np.ndarray],
+    phases: Phases,
+    *,
+    number: int,
+) -> journal.Entry:
+    """Samples answers to every prompt of a step and judges them, all at once."""
+    with phases.phase("rollout"):
+        groups, hits = roll_out(cfg, engines, asked, embeddings, number=number)
+    with phases.phase("reward"):
+        parts = rewards.score(answers(cfg, policy, groups), cfg.rewards)
+    return journal.Entry(groups=groups, parts=parts, values=hits)
 
 
 def roll_out(
@@ -99,8 +125,13 @@ def roll_out(
     embeddings: Sequence[np.ndarray],
     *,
     number: int,
-) -> list[Rollout]:
-    """Draws rollout.num_samples answers to every prompt; seeds depend on (seed, step, place)."""
+) -> tuple[list[Rollout], dict[str, float]]:
+    """Draws rollout.num_samples answers to every prompt; seeds depend on (seed, step, place).
+
+    Returns the groups, and the share of their prompt tokens that no engine had to prefill: R
+    samples of one prompt of P tokens share (R-1) * floor((P-1) / block) * block of R * P.
+    """
+    before = prefix_cache_counts(engines)
     samples = rollout_bridge.generate_all(
         engines,
         embeddings,
@@ -109,10 +140,18 @@ def roll_out(
         max_tokens=cfg.rollout.max_tokens,
         seeds=[sample_seed(cfg.seed, number, place) for place in range(len(asked))],
     )
-    return [
+    hits, queries = prefix_cache_counts(engines) - before
+    groups = [
         Rollout(prompt=prompt, samples=drawn, policy_version=engines[0].version or 0)
         for prompt, drawn in zip(asked, samples, strict=True)
     ]
+    return groups, {"rollout/prefix_hits": float(hits / max(queries, 1))}
+
+
+def prefix_cache_counts(engines: Sequence[rollout_bridge.Engine]) -> np.ndarray:
+    """Returns [prompt tokens found in prefix caches, looked up], since the engines began."""
+    stats = [engine.prefix_cache_stats() for engine in engines]
+    return np.array([sum(stat[name] for stat in stats) for name in ("hits", "queries")])
 
 
 def sample_seed(seed: int, number: int, place: int) -> int:
@@ -120,35 +159,33 @@ def sample_seed(seed: int, number: int, place: int) -> int:
     return int(np.random.SeedSequence([seed, number, place]).generate_state(1)[0] >> 1)
 
 
-def judge(
-    cfg: Config, policy: Policy, groups: Sequence[Rollout]
-) -> tuple[
-    Float[np.ndarray, "G R"], Bool[np.ndarray, "G R"], list[rewards.Parts | None], list[str]
-]:
-    """Scores all samples of a step at once: totals (0 where invalid), validity, parts, texts."""
+def answers(cfg: Config, policy: Policy, groups: Sequence[Rollout]) -> list[Scored]:
+    """Returns what a reward sees of every sample of a step, group after group."""
     template = cfg.data.template
-    items = [scored(g.prompt, sample, policy, template) for g in groups for sample in g.samples]
-    parts = rewards.score(items, cfg.rewards)
-    shape = len(groups), cfg.rollout.num_samples
-    valid_GR = np.array([p is not None for p in parts]).reshape(shape)
-    reward_GR = np.array([0.0 if p is None else p["total"] for p in parts]).reshape(shape)
-    return reward_GR, valid_GR, parts, [item.text for item in items]
+    return [scored(g.prompt, sample, policy, template) for g in groups for sample in g.samples]
+
+
+def totals(
+    cfg: Config, entry: journal.Entry
+) -> tuple[Float[np.ndarray, "G R"], Bool[np.ndarray, "G R"]]:
+    """Returns the total reward of every sample (0 where it is invalid), and whether it is valid."""
+    shape = len(entry.groups), cfg.rollout.num_samples
+    valid_GR = np.array([p is not None for p in entry.parts]).reshape(shape)
+    reward_GR = np.array([0.0 if p is None else p["total"] for p in entry.parts]).reshape(shape)
+    return reward_GR, valid_GR
 
 
 def reward_values(
-    reward_GR: Float[np.ndarray, "G R"],
-    valid_GR: Bool[np.ndarray, "G R"],
-    parts: Sequence[rewards.Parts | None],
-    groups: Sequence[Rollout],
+    reward_GR: Float[np.ndarray, "G R"], valid_GR: Bool[np.ndarray, "G R"], entry: journal.Entry
 ) -> dict[str, float]:
     """Returns means of every reward part, and what says whether there is anything to learn from.
 
     `reward/mixed` is the share of groups whose valid rewards differ: the others have no gradient.
     """
-    known = [p for p in parts if p is not None]
+    known = [p for p in entry.parts if p is not None]
     values = {f"reward/{k}": float(np.mean([p[k] for p in known])) for k in (known or [{}])[0]}
-    lengths = [len(sample.tokens) for g in groups for sample in g.samples]
-    cut = [sample.finish_reason == "length" for g in groups for sample in g.samples]
+    lengths = [len(sample.tokens) for g in entry.groups for sample in g.samples]
+    cut = [sample.finish_reason == "length" for g in entry.groups for sample in g.samples]
     spread = [
         np.ptp(r[v]) > 0 if v.any() else False for r, v in zip(reward_GR, valid_GR, strict=True)
     ]
@@ -160,34 +197,22 @@ def reward_values(
     }
 
 
-def prefix_cache_values(engines: Sequence[rollout_bridge.Engine]) -> dict[str, float]:
-    """Returns the share of prompt tokens, since the run began, that no engine had to prefill.
-
-    R samples of one prompt of P tokens share (R-1) * floor((P-1) / block) * block of R * P.
-    """
-    stats = [engine.prefix_cache_stats() for engine in engines]
-    hits, queries = (sum(stat[name] for stat in stats) for name in ("hits", "queries"))
-    return {"rollout/prefix_hits": hits / max(queries, 1)}
-
-
 def answer_rows(
-    groups: Sequence[Rollout],
-    texts: Sequence[str],
-    parts: Sequence[rewards.Parts | None],
-    advantage_GR: Float[np.ndarray, "G R"],
+    cfg: Config, policy: Policy, entry: journal.Entry, advantage_GR: Float[np.ndarray, "G R"]
 ) -> list[dict[str, Any]]:
     """Returns a line for every sample, so that a person can read what the policy says."""
-    rows, flat = [], iter(zip(texts, parts, strict=True))
-    for group, advantages in zip(groups, advantage_GR, strict=True):
+    items = answers(cfg, policy, entry.groups)
+    rows, flat = [], iter(zip(items, entry.parts, strict=True))
+    for group, advantages in zip(entry.groups, advantage_GR, strict=True):
         example = group.prompt.example
         for sample, advantage in zip(group.samples, advantages, strict=True):
-            text, judged = next(flat)
+            item, judged = next(flat)
             rows.append(
                 {
                     "id": example.id,
                     "kind": example.kind,
                     "answer": example.answer,
-                    "text": text,
+                    "text": item.text,
                     "reward": judged,
                     "advantage": float(advantage),
                     "finish_reason": sample.finish_reason,

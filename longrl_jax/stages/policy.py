@@ -2,13 +2,16 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jinja2
 import numpy as np
+import optax
 from flax import nnx
 
 import rollout_bridge
@@ -20,6 +23,8 @@ from longrl_jax.optimizer import make_optimizer
 from longrl_jax.sharding import AXES, make_mesh
 from longrl_jax.types import Prompt, VideoLayout
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""One of them is in every folder with a tokenizer."""
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -44,14 +49,16 @@ class Policy:
     compute_dtype: Any
 
 
-def open_policy(cfg: Config) -> tuple[Policy, step.TrainState]:
-    """Loads model.path onto the mesh; parts that are not frozen get an optimizer."""
+def open_policy(cfg: Config, *, trains: bool = True) -> tuple[Policy, step.TrainState]:
+    """Loads model.path onto the mesh; parts that are not frozen get an optimizer, if it trains."""
     mesh = make_mesh(**{axis: getattr(cfg.mesh, axis) for axis in AXES})
     folder = Path(cfg.model.path)
     backbone = models.backbone_of(folder)
+    check_heads(backbone.text_config(backbone.read_config(folder)), cfg)
     model_cfg, model = models.load(folder, mesh=mesh)
-    tokenizer = prompts.load_tokenizer(models.llm_folder(folder))
-    optimizer = make_optimizer(cfg.optimizer, cfg.run.num_steps)
+    text = backbone.text_config(model_cfg)
+    tokenizer, stop_tokens = _open_tokenizer(models.llm_folder(folder), text.vocab_size)
+    optimizer = make_optimizer(cfg.optimizer, cfg.run.num_steps) if trains else optax.identity()
     graphdef, state = step.init_state(model, cfg.model.frozen, optimizer, mesh)
     policy = Policy(
         folder=folder,
@@ -63,10 +70,50 @@ def open_policy(cfg: Config) -> tuple[Policy, step.TrainState]:
         layout=backbone.video_layout(model_cfg),
         stage=models.feature_stage(cfg.model.frozen),
         banned_tokens=prompts.media_token_ids(tokenizer),
-        stop_tokens=prompts.stop_token_ids(tokenizer),
+        stop_tokens=stop_tokens,
         compute_dtype=DTYPES[cfg.model.compute_dtype],
     )
     return policy, state
+
+
+def check_heads(text: Any, cfg: Config) -> None:
+    """Raises ValueError, before anything is loaded, where devices cannot share the heads."""
+    heads = math.gcd(text.num_heads, text.num_kv_heads)
+    if heads % cfg.mesh.tensor:
+        raise ValueError(
+            f"mesh.tensor={cfg.mesh.tensor} does not divide the {text.num_heads} heads "
+            f"({text.num_kv_heads} for keys) of model.path={cfg.model.path}; choose one of "
+            f"{[n for n in range(1, heads + 1) if heads % n == 0]} and use mesh.seq for the rest"
+        )
+    ranks = cfg.rollout.tensor_parallel
+    if text.num_heads % ranks:
+        raise ValueError(
+            f"rollout.tensor_parallel={ranks} does not divide the {text.num_heads} heads of "
+            f"model.path={cfg.model.path}; choose one of "
+            f"{[n for n in range(1, text.num_heads + 1) if text.num_heads % n == 0]}"
+        )
+
+
+def _open_tokenizer(folder: Path, vocab_size: int) -> tuple[Any, tuple[int, ...]]:
+    """Returns the tokenizer and the tokens that end an answer; refuses one that does not fit."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(  # transformers would make an empty one
+            f"{folder} holds no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy it there"
+        )
+    tokenizer = prompts.load_tokenizer(folder)
+    media = prompts.media_token_ids(tokenizer)  # never looked up in the table
+    token, index = max(
+        (x for x in tokenizer.get_vocab().items() if x[1] not in media), key=lambda x: x[1]
+    )
+    if index >= vocab_size:
+        raise ValueError(
+            f"token {token!r} of the tokenizer in {folder} has number {index}, but the model's "
+            f"table ends at vocab_size={vocab_size}; take the tokenizer of this checkpoint"
+        )
+    try:
+        return tokenizer, prompts.stop_token_ids(tokenizer)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template in {folder} is broken ({error}); mend it") from None
 
 
 def open_reference(cfg: Config, policy: Policy, state: step.TrainState) -> nnx.State | None:
@@ -192,6 +239,10 @@ def push(
     rollout_bridge.sync_all(engines, weights, version)
 
 
-def export(policy: Policy, state: step.TrainState, folder: Path) -> None:
-    """Writes the model as a Hugging Face folder that transformers and vLLM load."""
-    models.save(folder, step.all_params(state), policy.model_cfg, policy.folder)
+def export(policy: Policy, state: step.TrainState, folder: Path, *, dtype: str = "") -> None:
+    """Writes the model as a Hugging Face folder that transformers and vLLM load.
+
+    dtype: run.export_dtype.
+    """
+    chosen = np.dtype(DTYPES[dtype]) if dtype else None
+    models.save(folder, step.all_params(state), policy.model_cfg, policy.folder, dtype=chosen)

@@ -4,12 +4,14 @@ A refused record is counted, written to refused.jsonl and leaves its place empty
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from longrl_jax import encode
 from longrl_jax.config import Config, pick
@@ -35,7 +37,7 @@ def training(
     steps = loader.prompts(
         source,
         prompt_encoder(
-            cfg, policy, num_samples=cfg.rollout.num_samples, with_target=cfg.stage == "sft"
+            cfg, policy, num_samples=cfg.rollout.num_samples, with_target=cfg.stage != "grpo"
         ),
         seed=cfg.seed,
         groups=cfg.batch.groups,
@@ -57,7 +59,13 @@ def validation(cfg: Config, policy: Policy, refused: RefusedLog) -> list[Prompt]
     if not cfg.data.validation:
         return []
     source = pick(SOURCES, cfg.data.source, "data.source")(Path(cfg.data.root), cfg.data.validation)
-    indices = range(min(cfg.run.eval_examples, len(source)))
+    indices = tqdm(
+        range(min(cfg.run.eval_examples, len(source))),
+        desc="held-out records",
+        unit="record",
+        leave=False,
+        delay=2.0,  # hours of video are read once for their digest; a few records take no time
+    )
     encode_prompt = prompt_encoder(cfg, policy, num_samples=1)
     asked = loader.prompts_at(source, encode_prompt, indices, on_refused=refused.add)
     kept = [prompt for prompt in asked if prompt is not None]
@@ -86,6 +94,7 @@ def prompt_encoder(
         decoder=cfg.data.decoder,
         template=cfg.data.template,
         root=Path(cfg.data.root),
+        timestamp=cfg.data.timestamp,
     )
     if with_target:
         return functools.partial(
@@ -100,6 +109,56 @@ def prompt_encoder(
         cfg.batch.max_row_tokens + 1 - num_samples * cfg.rollout.max_tokens,
     )
     return functools.partial(_with_room, encode_prompt=encode_prompt, max_prompt_tokens=most)
+
+
+def without_video(cfg: Config, policy: Policy, asked: Sequence[Prompt]) -> list[Prompt]:
+    """Returns the questions about videos with the video left out, and the words that ask to watch.
+
+    Empty for a text-only model or data set. What a policy scores here it knows without looking.
+    """
+    encode_prompt = prompt_encoder(cfg, policy, num_samples=1)
+    return [
+        encode_prompt(dataclasses.replace(prompt.example, video=""))
+        for prompt in asked
+        if prompt.media
+    ]
+
+
+def with_other_video(
+    cfg: Config, policy: Policy, asked: Sequence[Prompt], refused: RefusedLog
+) -> list[Prompt]:
+    """Returns the questions about videos, each asked of another question's film.
+
+    Which one is drawn by the seed; questions on one film share the other film, and a film is never
+    its own other, however many files hold it. Empty where there are fewer than two films. What no
+    longer fits (a longer film) is refused.
+    """
+    films = {m.key: prompt.example.video for prompt in asked for m in prompt.media}
+    other = other_films(list(films), seed=cfg.seed)
+    encode_prompt = prompt_encoder(cfg, policy, num_samples=1)
+    shown = []
+    for prompt in asked:
+        if prompt.media and other:
+            video = films[other[prompt.media[0].key]]
+            example = dataclasses.replace(prompt.example, video=video)
+            try:
+                shown.append(encode_prompt(example))
+            except ValueError as error:
+                refused.add(example, error, step=0)
+    return shown
+
+
+def other_films(films: Sequence[str], *, seed: int) -> dict[str, str]:
+    """Returns for each of these distinct films another one, each used once; {} for fewer than two.
+
+    The films in random order, each followed by the next, the last by the first: no film can follow
+    itself.
+    """
+    assert len(set(films)) == len(films), "a film that is listed twice could follow itself"
+    if len(films) < 2:
+        return {}
+    order = np.random.default_rng(seed).permutation(len(films))
+    return {films[i]: films[j] for i, j in zip(order, np.roll(order, -1), strict=True)}
 
 
 @contextlib.contextmanager

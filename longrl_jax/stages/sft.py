@@ -14,9 +14,9 @@ import numpy as np
 from longrl_jax.config import Config
 from longrl_jax.data import prompts as prompt_text
 from longrl_jax.data.refused import RefusedLog
-from longrl_jax.metrics import Phases, RunLog, averages
+from longrl_jax.metrics import Phases, averages
 from longrl_jax.stages import policy as opened
-from longrl_jax.stages import questions, update
+from longrl_jax.stages import questions, saving, update
 from longrl_jax.stages.evaluation import evaluate, is_due
 from longrl_jax.stages.policy import Policy
 from longrl_jax.types import Prompt, Rollout, Sample
@@ -25,22 +25,26 @@ SHOWN = ("loss", "grad_norm", "time/step_s")
 
 
 def run(cfg: Config) -> None:
-    """Fine-tunes model.path and leaves metrics, scores and an export in run.dir."""
+    """Fine-tunes model.path and leaves metrics, scores and an export in run.dir.
+
+    A run.dir with an unfinished run of this config is gone on with.
+    """
     folder = Path(cfg.run.dir)
     policy, state = opened.open_policy(cfg)
     encoder = opened.open_encoder(policy, state)
     to_inputs = opened.make_prompt_embedder(policy, smallest_bucket=cfg.batch.smallest_bucket)
     train_step = update.make_sft_update(cfg, policy, state)
+    saver, state = saving.open_saver(cfg, policy, state)
     phases = Phases()
     with contextlib.ExitStack() as stack:
         refused = stack.enter_context(RefusedLog(folder / "refused.jsonl"))
         embed = stack.enter_context(questions.open_embedder(cfg, encoder, refused, phases))
         held_out = questions.validation(cfg, policy, refused)
         engines = stack.enter_context(opened.open_engines(cfg, policy)) if held_out else []
-        log = stack.enter_context(RunLog(folder, cfg.run.num_steps, name="sft"))
+        log = stack.enter_context(saver.open_log("sft"))
         empty_steps = 0
         phases.take()  # what came before belongs to no step
-        for number, asked in questions.training(cfg, policy, refused):
+        for number, asked in questions.training(cfg, policy, refused, first_step=saver.first_step):
             kept, features = embed(asked, number)
             groups = [reference_group(prompt, policy, cfg.data.template) for prompt in kept]
             means: dict[str, float] = {}
@@ -51,7 +55,7 @@ def run(cfg: Config) -> None:
                     passes = update.make_passes(cfg, policy, groups, features, weights)
                     state, stats = train_step(state, passes)
                     means = averages(jax.device_get(stats))
-                save = functools.partial(opened.export, policy, state, folder / "export")
+                save = functools.partial(saver.export, state)
                 update.stop_if_not_finite(means, number=number, save=save)
             counts = {
                 "groups": len(groups),
@@ -59,14 +63,15 @@ def run(cfg: Config) -> None:
                 "compilations": train_step.num_compilations,
             }
             log.step(number, means | counts | phases.take(), shown=SHOWN)
-            if cfg.run.export and number == cfg.run.num_steps:
-                opened.export(policy, state, folder / "export")
+            scores = None
             if held_out and is_due(cfg, number):
                 opened.push(engines, policy, state, version=number)
                 inputs = functools.partial(to_inputs, state)
                 scores = evaluate(cfg, policy, engines, held_out, embed, inputs, step=number)
                 log.evaluation(number, scores)
-                phases.take()  # an evaluation's seconds belong to no step
+            saver.after_step(number, state, scores)
+            phases.take()  # the seconds of evaluation and checkpoint belong to no step
+        saver.finish(state)
 
 
 def reference_group(prompt: Prompt, policy: Policy, template: str) -> Rollout:

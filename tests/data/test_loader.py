@@ -11,6 +11,7 @@ from tiny_tokenizer import make_tokenizer
 from longrl_jax.data import loader, prompts, synthetic
 from longrl_jax.data.longvideo_reason import RecordError, open_records
 from longrl_jax.data.refused import RefusedLog
+from longrl_jax.data.stories import CHOICE_KINDS
 from longrl_jax.data.video import VideoError
 from longrl_jax.types import Example, Prompt, VideoLayout
 
@@ -165,6 +166,7 @@ def films(tmp_path_factory):
     root = tmp_path_factory.mktemp("films")
     synthetic.write_dataset(root, clips=3, validation=0, seed=0)
     lines = [json.loads(line) for line in (root / "train.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["kind"] in CHOICE_KINDS]  # four a film
     lines[1]["question"] += " <|im_end|>"
     lines[4]["video"] = "videos/gone.mp4"
     (root / "videos" / "noise.mp4").write_bytes(b"noise" * 100)
@@ -276,14 +278,14 @@ def test_every_refused_record_is_a_row_of_the_log(films, tmp_path):
     assert "../outside.mp4" in by_id["train.jsonl:10"]["message"]
 
 
-def test_a_log_counts_its_own_run_and_keeps_the_rows_of_earlier_ones(tmp_path):
+def test_a_log_that_is_opened_again_goes_on(tmp_path):
     path = tmp_path / "refused.jsonl"
     example = Example(id="a", question="q ?", answer="A", video="v.mp4")
     for run in (1, 2):
         with RefusedLog(path) as log:
             log.add(example, ValueError("no"), step=run)
             log.add("train.jsonl:3", VideoError("cut", "truncated"), step=run)
-            assert log.count == 2
+            assert log.count == 2 * run
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 4
     assert rows[2] == {
@@ -295,3 +297,15 @@ def test_a_log_counts_its_own_run_and_keeps_the_rows_of_earlier_ones(tmp_path):
         "message": "no",
     }
     assert (rows[1]["id"], rows[1]["kind"]) == ("train.jsonl:3", "truncated")
+
+
+def test_a_record_of_the_evaluations_is_listed_once_a_run(tmp_path):
+    path = tmp_path / "refused.jsonl"
+    for count in (1, 1, 2):  # opened again, as a run that goes on does
+        with RefusedLog(path) as log:
+            for _ in range(2):
+                log.add("validation.jsonl:3", ValueError("no"), step=0)
+                if count == 2:
+                    log.add("validation.jsonl:4", ValueError("no"), step=0)
+            assert log.count == count
+    assert len(path.read_text().splitlines()) == 2

@@ -113,6 +113,33 @@ def test_the_records_of_a_video_question(encode, root):
     assert not prompt.is_media[-1]
 
 
+@pytest.mark.parametrize("timestamp", [" {t:.0f}", "<{t:.1f} seconds>"])
+def test_the_time_stands_before_each_frame(encode, tokenizer, timestamp):
+    prompt, bare = encode(FILM, timestamp=timestamp), encode(FILM)
+    media_id = tokenizer.convert_tokens_to_ids("<vila/video>")
+    left = prompt.tokens.tolist()
+    start = bare.tokens.tolist().index(media_id)
+    assert left[:start] == bare.tokens[:start].tolist()
+    del left[:start]
+    at, offsets = start, []
+    for time_s in (0.0, 16.0, 32.0, 48.0):
+        said = tokenizer.encode(timestamp.format(t=time_s), add_special_tokens=False)
+        frame = [media_id] * 6 + tokenizer.encode("\n")
+        assert left[: len(said) + len(frame)] == said + frame, time_s
+        del left[: len(said) + len(frame)]
+        offsets += range(at + len(said), at + len(said) + 6)
+        at += len(said) + len(frame)
+    assert left == bare.tokens[start + 4 * 7 :].tolist()  # the question, as without times
+    assert np.flatnonzero(prompt.is_media).tolist() == offsets
+    assert prompt.media == (dataclasses.replace(bare.media[0], offset=offsets[0]),)
+    np.testing.assert_array_equal(prompt.rope_pos, range(len(prompt.tokens)))
+
+
+def test_a_time_must_not_stand_for_media(encode):
+    with pytest.raises(ValueError, match=r"data\.timestamp='<vila/video>\{t\}' contains .*<vila"):
+        encode(FILM, timestamp="<vila/video>{t}")
+
+
 def test_frames_a_second_with_a_cap(encode):
     times_s = encode(FILM, fps=0.125, num_frames=8).media[0].times_s
     assert times_s == (0, 8, 16, 24, 32, 40, 48, 56)

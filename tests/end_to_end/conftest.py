@@ -31,6 +31,7 @@ def world(tmp_path_factory):
             str(ROOT / "configs" / "models" / "tiny_vila.json"),
             str(folder / "init"),
             f"--corpus={data / 'corpus.txt'}",
+            "--time-tokens=64",  # as many as a film has seconds
         ]
     )
     return folder
@@ -50,8 +51,11 @@ def configured(world, tmp_path):
             "mesh={seq: 4, fsdp: 2, simulated: true}",
             "batch={groups: 4, max_row_tokens: 512, smallest_bucket: 64}",
             "rollout={num_samples: 4, dtype: float32, max_tokens: 12, max_model_len: 256}",
+            "optimizer.warmup_steps=0",
             "run.num_steps=3",
+            "run.eval_every=0",
             "run.eval_examples=4",
+            "run.best_metric=",
         ]
         return config.load(ROOT / "configs" / name, [*small, *overrides])
 

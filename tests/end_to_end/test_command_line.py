@@ -28,7 +28,9 @@ def test_a_mistake_is_one_line_and_its_folder_stays_free(configured, tmp_path):
     # but a folder with steps in it is
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
     done = train(cfg, tmp_path)
-    assert done.returncode == 1 and "holds another run; choose another folder" in done.stderr
+    assert done.returncode == 1
+    said = "holds another run: it was started with another model.path; choose another folder"
+    assert said in done.stderr
 
 
 def test_help_teaches():

@@ -71,7 +71,7 @@ def test_a_reference_with_another_tower_is_refused(configured, world, tmp_path):
     other = tmp_path / "other"
     convert.main(
         ["init", "configs/models/tiny_vila.json", str(other), "--seed=1",
-         f"--corpus={world / 'data' / 'corpus.txt'}"]
+         "--time-tokens=64", f"--corpus={world / 'data' / 'corpus.txt'}"]
     )  # fmt: skip
     cfg = configured("tiny_cpu_grpo.yaml", f"model.reference={other}", "algorithm.kl=0.1")
     policy, state = opened.open_policy(cfg)

@@ -1,0 +1,252 @@
+"""What a set of answers is worth: means by kind with 95 % intervals, baselines, differences.
+
+A question is one draw from the questions that could have been asked, whatever the number of its
+answers; questions on one film are not independent draws. Source: arXiv:2411.00640 (clustered
+standard errors, paired differences of evaluations).
+"""
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from scipy import special
+
+from longrl_jax.types import Example
+
+CONFIDENCE = 0.95
+Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+ALL = "all"
+"""Name of the row that holds every kind; records of that kind are told from it as "all (kind)"."""
+CORRECT = "accuracy"
+"""Last word of the reward parts that pass@R is reported for."""
+
+Row = dict[str, Any]
+"""One judged answer: id, kind, video, reward (parts by name, None: could not be judged), ..."""
+Score = dict[str, float | None]
+"""mean, low, high (None: one question has no interval) and n, the number of questions."""
+
+
+def summary(questions: Sequence[Sequence[Row]]) -> dict[str, dict[str, Score]]:
+    """Returns {"all" or kind: {reward part: Score}} of the judged answers to each question.
+
+    With several answers to a question, "<part>/pass@R" of an accuracy is the share of questions
+    with at least one right answer among R, where the part itself is their mean (mean@R).
+    """
+    kinds: dict[str, list[Sequence[Row]]] = {ALL: list(questions)}
+    for rows in questions:
+        kinds.setdefault(kind_name(rows[0]["kind"]), []).append(rows)
+    return {kind: _parts(kinds[kind]) for kind in (ALL, *sorted(set(kinds) - {ALL}))}
+
+
+def kind_name(kind: str) -> str:
+    """Returns the name that a kind is reported by."""
+    return f"{ALL} (kind)" if kind == ALL else kind or "other"
+
+
+def interval(answers: Sequence[Sequence[float]], clusters: Sequence[str] = ()) -> Score:
+    """Returns the mean over questions of the mean over their answers, with a 95 % interval.
+
+    Values in [0, 1]: Wilson's interval for as many independent questions as would have the
+    variance of this mean; that is their own number for one right or wrong answer each. Others: the
+    normal interval. clusters: what each question is about; where several share one, the variance
+    is the larger one of that over questions and that over clusters.
+    """
+    values = np.array([np.mean(a) for a in answers])
+    n, mean = len(values), float(values.mean())
+    drawn = [value for a in answers for value in a]
+    bounded = all(0 <= value <= 1 for value in drawn)
+    variance = _variance(values, clusters, ddof=0 if bounded else 1)
+    if bounded:
+        right_or_wrong = all(value in (0, 1) for value in drawn)
+        most = len(drawn) if right_or_wrong else math.inf  # where every answer is a draw of its own
+        low, high = wilson(mean, min(mean * (1 - mean) / variance, most) if variance else n)
+    elif n < 2:
+        return {"mean": mean, "low": None, "high": None, "n": n}
+    else:
+        low, high = mean - Z * math.sqrt(variance), mean + Z * math.sqrt(variance)
+    return {"mean": mean, "low": low, "high": high, "n": n}
+
+
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """Returns the score interval of a share of `count` draws. Source: E. B. Wilson, JASA 22, 1927.
+
+    It stays in [0, 1] and has a width where the share is 0 or 1.
+    """
+    centre = (share + Z**2 / (2 * count)) / (1 + Z**2 / count)
+    half = Z * math.sqrt(share * (1 - share) / count + (Z / (2 * count)) ** 2) / (1 + Z**2 / count)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def paired_difference(
+    a: Mapping[str, float], b: Mapping[str, float], clusters: Mapping[str, str] | None = None
+) -> Score:
+    """Returns mean(a - b) over the same questions, by id, with its 95 % t interval.
+
+    What makes a question easy for both leaves the difference, so this is narrower than two
+    intervals side by side. clusters: what each question is about, as in `interval`. Raises
+    ValueError where the questions are not the same.
+    """
+    only = sorted(set(a) ^ set(b))
+    if only or not a:
+        raise ValueError(
+            f"{len(a)} and {len(b)} questions are not the same ones ({len(only)} in one alone, "
+            f"e.g. {only[:1]}); evaluate both on the same file with the same number of examples"
+        )
+    names = sorted(a)
+    values = np.array([a[name] - b[name] for name in names])
+    about = [clusters[name] for name in names] if clusters else []
+    n, mean = len(values), float(values.mean())
+    if n < 2:
+        return {"mean": mean, "low": None, "high": None, "n": n}
+    free = max(1, (len(set(about)) if about else n) - 1)
+    half = float(special.stdtrit(free, (1 + CONFIDENCE) / 2)) * math.sqrt(
+        _variance(values, about, ddof=1)
+    )
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+
+
+def difference(after: Path, before: Path, *, mode: str, part: str) -> dict[str, Score]:
+    """Returns {"all" or kind: paired difference} of two folders of `python -m longrl_jax.evaluate`.
+
+    mode: greedy, sampled, no_video or other_video; part: a reward part, e.g. video_qa/accuracy.
+    """
+    ours, theirs = read_answers(after, mode), read_answers(before, mode)
+    a, b = (_question_means(answers, part) for answers in (ours, theirs))
+    kinds: dict[str, list[str]] = {ALL: list(ours)}
+    for name, rows in ours.items():
+        kinds.setdefault(kind_name(rows[0]["kind"]), []).append(name)
+    films = {name: _cluster(rows[0]) for name, rows in ours.items()}
+    result = {}
+    for kind, names in kinds.items():
+        theirs_of_kind = b if kind == ALL else {n: b[n] for n in names if n in b}
+        ours_of_kind = {n: a[n] for n in names if n in a}
+        result[kind] = paired_difference(ours_of_kind, theirs_of_kind, films)
+    return result
+
+
+def read_answers(folder: Path, mode: str) -> dict[str, list[Row]]:
+    """Returns {question id: its answers} of one mode from folder/answers.jsonl."""
+    path = folder / "answers.jsonl"
+    if not path.is_file():
+        raise ValueError(f"there is no {path}; python -m longrl_jax.evaluate writes it")
+    found: dict[str, list[Row]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["mode"] == mode:
+            rows = found.setdefault(row["id"], [])
+            if row["sample"] != len(rows):
+                raise ValueError(f"two questions of {path} have the id {row['id']!r}; rename one")
+            rows.append(row)
+    if not found:
+        raise ValueError(f"{path} holds no answers of the mode {mode!r}")
+    return found
+
+
+def one_letter(examples: Sequence[Example]) -> dict[str, Any]:
+    """Returns what the best constant letter scores on multiple-choice questions, as {"all" or kind:
+    {letter, mean, low, high, n, shares}}; {} without such questions.
+
+    shares: of every letter. A kind's letter is its own best, which may be another one than overall.
+    """
+    choices = _by_kind([e for e in examples if re.fullmatch("[A-Z]", e.answer)])
+    return {kind: _best_letter(chosen) for kind, chosen in choices.items()}
+
+
+def chance(examples: Sequence[Example]) -> dict[str, Any]:
+    """Returns what guessing among the options scores, {"all" or kind: {mean, n}}.
+
+    Only questions that list their options as capital letters from A on are counted.
+    """
+    choices = _by_kind(
+        [
+            e
+            for e in examples
+            if re.fullmatch("[A-Z]", e.answer) and ord(e.answer) - ord("A") < num_options(e)
+        ]
+    )
+    return {
+        kind: {"mean": float(np.mean([1 / num_options(e) for e in chosen])), "n": len(chosen)}
+        for kind, chosen in choices.items()
+    }
+
+
+def num_options(example: Example) -> int:
+    """Returns how many of the letters A, B, ... stand alone in the question, without a gap."""
+    alone = set(re.findall(r"(?<!\w)[A-Z](?!\w)", example.question))
+    count = 0
+    while chr(ord("A") + count) in alone:
+        count += 1
+    return count if count > 1 else 0  # "A" alone is an article
+
+
+def _parts(questions: Sequence[Sequence[Row]]) -> dict[str, Score]:
+    """The Score of every reward part over these questions."""
+    values: dict[str, list[tuple[list[float], str]]] = defaultdict(list)
+    num_samples = max(len(rows) for rows in questions)
+    for rows in questions:
+        judged = [row["reward"] for row in rows if row["reward"] is not None]
+        for part in judged[0] if judged else ():
+            drawn = [float(parts[part]) for parts in judged]
+            values[part].append((drawn, _cluster(rows[0])))
+            if num_samples > 1 and part.rpartition("/")[2] == CORRECT:
+                values[f"{part}/pass@{num_samples}"].append(([max(drawn)], _cluster(rows[0])))
+    return {
+        part: interval([drawn for drawn, _ in pairs], [film for _, film in pairs])
+        for part, pairs in sorted(values.items())
+    }
+
+
+def _cluster(row: Row) -> str:
+    """What a question is about: its film, or itself."""
+    return f"film {row['video']}" if row["video"] else f"question {row['id']}"
+
+
+def _variance(values: np.ndarray, clusters: Sequence[str], *, ddof: int) -> float:
+    """Of the mean of values: the larger of that over values and, if any is shared, over clusters.
+
+    ddof=0 makes the variance of n right or wrong answers p (1 - p) / n exactly, as Wilson has it.
+    """
+    n = len(values)
+    single = float(values.var(ddof=ddof)) / n if n > ddof else 0.0
+    num_clusters = len(set(clusters))
+    if not 1 < num_clusters < n:
+        return single
+    sums: dict[str, float] = defaultdict(float)
+    for cluster, rest in zip(clusters, values - values.mean(), strict=True):
+        sums[cluster] += float(rest)
+    shared = sum(s**2 for s in sums.values()) / n**2 * num_clusters / (num_clusters - 1)
+    return max(single, shared)
+
+
+def _question_means(answers: Mapping[str, list[Row]], part: str) -> dict[str, float]:
+    means = {}
+    for name, rows in answers.items():
+        judged = [row["reward"] for row in rows if row["reward"] is not None]
+        if judged and part not in judged[0]:
+            raise ValueError(f"{part!r} is no part of the rewards; choose of {sorted(judged[0])}")
+        if judged:
+            means[name] = float(np.mean([parts[part] for parts in judged]))
+    return means
+
+
+def _by_kind(examples: Sequence[Example]) -> dict[str, list[Example]]:
+    if not examples:
+        return {}
+    kinds: dict[str, list[Example]] = {ALL: list(examples)}
+    for example in examples:
+        kinds.setdefault(kind_name(example.kind), []).append(example)
+    return {kind: kinds[kind] for kind in (ALL, *sorted(set(kinds) - {ALL}))}
+
+
+def _best_letter(chosen: Sequence[Example]) -> dict[str, Any]:
+    answers = [e.answer for e in chosen]
+    shares = {letter: answers.count(letter) / len(answers) for letter in sorted(set(answers))}
+    letter = max(shares, key=lambda name: shares[name])
+    score = interval([[float(answer == letter)] for answer in answers])
+    return {"letter": letter, **score, "shares": shares}

@@ -1,0 +1,148 @@
+"""What lets a stage be killed at any moment: checkpoints, the journal, and going on from them."""
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+from flax import nnx
+from tqdm import tqdm
+
+import rollout_bridge
+from longrl_jax import checkpoint, journal, models, run_folder, step
+from longrl_jax.config import Config
+from longrl_jax.metrics import WAY_OUT, RunLog
+from longrl_jax.platform import disk_error
+from longrl_jax.stages import policy as opened
+from longrl_jax.stages.policy import Policy
+from longrl_jax.types import Prompt
+
+JOURNAL_TOKEN_BYTES = 8  # int32 token and float32 log p
+TEXT_TOKEN_BYTES = 8  # of rollouts.jsonl, at most about that
+
+
+class Saver:
+    """Owner of a run's checkpoints and journal; made by `open_saver`."""
+
+    def __init__(self, cfg: Config, policy: Policy, point: run_folder.Point, start: dict[str, str]):
+        self.first_step = point.step
+        """Step after which the run goes on; 0: from the start."""
+        self._folder = Path(cfg.run.dir)
+        self._run = cfg.run
+        self._policy = policy
+        self._start = start
+
+    def open_log(self, name: str) -> RunLog:
+        """Returns the log of the run, which goes on after first_step."""
+        run = self._run
+        return RunLog(
+            self._folder, run.num_steps, name=name, first_step=self.first_step, wandb=run.wandb
+        )
+
+    def replayed(self, number: int, asked: Sequence[Prompt]) -> journal.Entry | None:
+        """Returns the journaled rollouts and rewards of a step, None if it must be sampled."""
+        try:
+            return journal.read(self._folder / run_folder.JOURNAL, number, asked)
+        except ValueError as error:
+            tqdm.write(f"{error}; step {number} is sampled again")
+            return None
+
+    def journal(self, number: int, entry: journal.Entry) -> None:
+        """Puts rollouts and rewards of a step on disk; to be called before its update."""
+        folder = self._folder / run_folder.JOURNAL
+        try:
+            journal.write(folder, number, entry)
+        except OSError as error:
+            raise disk_error(error, journal.path_of(folder, number), WAY_OUT) from error
+
+    def after_step(
+        self, number: int, state: step.TrainState, scores: Mapping[str, float] | None = None
+    ) -> None:
+        """Saves the state if the step is due; to be called when all of the step is in the logs.
+
+        scores: of this step's evaluation; a new best of run.best_metric is due, too.
+        """
+        every = self._run.checkpoint_every
+        due = number == self._run.num_steps or (every > 0 and number % every == 0)
+        if not (due or self._is_best(scores)):
+            return
+        started_s = time.perf_counter()
+        folder = self._folder / run_folder.CHECKPOINTS
+        about = {
+            "start": self._start,
+            "scores": dict(scores) if scores is not None else None,
+            "logs": run_folder.log_lengths(self._folder),
+            "saved_unix_s": round(time.time(), 3),
+        }
+        path = checkpoint.save(folder, state, step=number, about=about)
+        checkpoint.prune(folder, keep=self._run.keep, best_metric=self._run.best_metric)
+        journal.forget(self._folder / run_folder.JOURNAL, number)
+        tqdm.write(f"checkpoint {path} ({time.perf_counter() - started_s:.1f} s)")
+
+    def finish(self, state: step.TrainState) -> None:
+        """Exports the model, if wanted, and marks the run as finished."""
+        if self._run.export:
+            self.export(state)
+        run_folder.mark_finished(self._folder, self._run.num_steps)
+
+    def export(self, state: step.TrainState) -> None:
+        """Writes export/ in place of what an earlier end of the run has left there."""
+        shutil.rmtree(self._folder / "export", ignore_errors=True)
+        dtype = self._run.export_dtype
+        opened.export(self._policy, state, self._folder / "export", dtype=dtype)
+
+    def _is_best(self, scores: Mapping[str, float] | None) -> bool:
+        name = self._run.best_metric
+        if not name or scores is None:
+            return False
+        if name not in scores:
+            raise ValueError(
+                f"run.best_metric={name!r} is no score of the evaluation; choose one of "
+                f"{', '.join(sorted(scores))}"
+            )
+        saved = [meta for _, meta in run_folder.metas(self._folder)]
+        best = checkpoint.best_of(saved, name)
+        return best is None or scores[name] > best["scores"][name]
+
+
+def open_saver(
+    cfg: Config, policy: Policy, state: step.TrainState, *, reference: nnx.State | None = None
+) -> tuple[Saver, step.TrainState]:
+    """Returns the saver of a run and the state to go on with: that of the newest checkpoint.
+
+    The logs are cut to that step. reference: of the KL term, as open_reference returns it.
+    """
+    folder = Path(cfg.run.dir)
+    point = run_folder.find(folder, dataclasses.asdict(cfg))
+    run_folder.check_disk(folder, needed_bytes(cfg, state))
+    start = {"frozen": rollout_bridge.weights_digest(models.arrays_of(state.frozen))}
+    if reference is not None:
+        start["reference"] = rollout_bridge.weights_digest(models.arrays_of(reference))
+    changed = [k for k, digest in point.meta.get("start", start).items() if start.get(k) != digest]
+    if changed:
+        raise ValueError(
+            f"the {' and '.join(changed)} parameters are not those that {folder} was started with: "
+            f"model.path={cfg.model.path} (or model.reference) has changed since; put it back"
+        )
+    run_folder.cut_logs(folder, point)
+    checkpoint.sweep(folder / run_folder.CHECKPOINTS)
+    journal.forget(folder / run_folder.JOURNAL, point.step)
+    if point.checkpoint is not None:
+        state = checkpoint.restore(point.checkpoint, state)
+    return Saver(cfg, policy, point, start), state
+
+
+def needed_bytes(cfg: Config, state: step.TrainState) -> dict[str, int]:
+    """Returns the most that a run will have on disk at a time, by part; videos' store excluded."""
+    saved = cfg.run.keep + 1 + bool(cfg.run.best_metric)  # one more while the newest is written
+    needed = {f"{saved} checkpoints": saved * checkpoint.num_bytes(state)}
+    if cfg.run.export:
+        needed["export"] = sum(x.nbytes for x in jax.tree.leaves(step.all_params(state)))
+    if cfg.stage == "grpo":
+        steps = min(cfg.run.checkpoint_every or cfg.run.num_steps, cfg.run.num_steps)
+        tokens = cfg.batch.groups * cfg.rollout.num_samples * cfg.rollout.max_tokens
+        needed["journal"] = steps * tokens * JOURNAL_TOKEN_BYTES
+        needed["rollouts.jsonl"] = cfg.run.num_steps * tokens * TEXT_TOKEN_BYTES
+    return needed

@@ -1,0 +1,75 @@
+"""The journal gives back, to the last bit, what was written; or says why it cannot."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from tiny_groups import V, make_group, make_prompt
+
+from longrl_jax import journal
+
+
+@pytest.fixture
+def entry():
+    rng = np.random.default_rng(0)
+    groups = [
+        make_group(make_prompt([1, 2, V, V, 3], key="film", name="a"), [4, 5, 6], [7]),
+        make_group(make_prompt([1, 2], name="b"), [8], [9, 10]),
+    ]
+    for group in groups:
+        for index, sample in enumerate(group.samples):
+            sample.logps[:] = -rng.exponential(size=len(sample.logps)).astype(np.float32)
+            object.__setattr__(sample, "seed", 2**31 - 5 + index)
+    object.__setattr__(groups[1].samples[0], "finish_reason", "length")
+    parts = [{"total": 0.1 + 0.2, "form": 1.0}, None, {"total": -1e-300, "form": 0.0}, None]
+    return journal.Entry(groups=groups, parts=parts, values={"hits": 1 / 3})
+
+
+def prompts(entry):
+    return [group.prompt for group in entry.groups]
+
+
+def test_what_is_read_is_what_was_written(tmp_path, entry):
+    journal.write(tmp_path / "journal", 7, entry)
+    got = journal.read(tmp_path / "journal", 7, prompts(entry))
+    assert got.parts == entry.parts and got.values == entry.values
+    for one, other in zip(got.groups, entry.groups, strict=True):
+        assert one.prompt is other.prompt and one.policy_version == other.policy_version
+        for a, b in zip(one.samples, other.samples, strict=True):
+            assert (a.finish_reason, a.seed) == (b.finish_reason, b.seed)
+            for x, y in ((a.tokens, b.tokens), (a.logps, b.logps)):
+                assert x.dtype == y.dtype and np.array_equal(x, y)
+    assert journal.read(tmp_path / "journal", 8, prompts(entry)) is None
+
+
+def test_no_flipped_byte_and_no_cut_goes_unseen(tmp_path, entry):
+    journal.write(tmp_path, 7, entry)
+    path = journal.path_of(tmp_path, 7)
+    content = path.read_bytes()
+    for at in range(0, len(content), 7):
+        for damaged in (content[:at], content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]):
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match=r"step_00000007.journal is damaged"):
+                journal.read(tmp_path, 7, prompts(entry))
+
+
+def test_answers_to_other_questions_are_not_taken(tmp_path, entry):
+    journal.write(tmp_path, 7, entry)
+    asked = prompts(entry)
+    others = [
+        asked[:1],
+        asked[::-1],
+        [dataclasses.replace(asked[0], tokens=asked[0].tokens + 1), asked[1]],
+        [make_prompt([1, 2, V, V, 3], key="other film", name="a"), asked[1]],
+    ]
+    for other in others:
+        with pytest.raises(ValueError, match="holds answers to other questions"):
+            journal.read(tmp_path, 7, other)
+
+
+def test_steps_are_forgotten_up_to_the_checkpoint(tmp_path, entry):
+    for step in (3, 4, 12):
+        journal.write(tmp_path, step, entry)
+    (tmp_path / ".step_00000013.journal.partial").write_bytes(b"half")
+    journal.forget(tmp_path, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000012.journal"]
