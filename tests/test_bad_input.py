@@ -277,7 +277,10 @@ CONFIGS = {  # name -> (file, or overrides; what is said)
         ["rollout.max_tokens=12 leaves no room for a prompt in rollout.max_model_len=12"],
     ),
     "a mesh of too many": (["mesh.seq=100000"], ["asks for 100000 simulated devices"]),
-    "an unknown stage": (["stage=ppo"], ["stage='ppo' is unknown; choose one of grpo, perception, sft"]),
+    "an unknown stage": (
+        ["stage=ppo"],
+        ["stage='ppo' is unknown; choose one of grpo, perception, sft"],
+    ),
     "an unknown reward": (["rewards={vqa: 1}"], ["rewards='vqa' is unknown; choose one of"]),
     "an unknown loss": (["algorithm.loss=x"], ["algorithm.loss='x' is unknown; choose one of"]),
     "an unknown source": (["data.source=x"], ["data.source='x' is unknown; choose one of"]),

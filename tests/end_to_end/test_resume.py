@@ -59,7 +59,7 @@ def grpo_config(world):
             "data.num_frames=64",  # prompts of more than one block of the prefix cache
             "mesh={seq: 2, simulated: true}",
             "batch={groups: 4, max_row_tokens: 512, smallest_bucket: 128}",
-            "rollout={num_samples: 4, dtype: float32, max_tokens: 12, max_model_len: 256}",
+            "rollout={num_samples: 4, dtype: float32, max_tokens: 12, max_model_len: 320}",
             "rewards={spaces: 1.0}",
             "optimizer={learning_rate: 0.01}",
             f"run.num_steps={NUM_STEPS}",
