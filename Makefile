@@ -1,6 +1,6 @@
 # make demo   the whole thing on a laptop CPU: synthetic videos, SFT, GRPO with vLLM, evaluation
 # make test   the tests that fit in a few minutes;  make test-all: every test
-# make start  makes configs/models/tiny_vila_start, the checkpoint that the demo starts from, again: 25 minutes
+# make start  makes a checkpoint like the demo's start, runs/start/tiny_vila_start, from nothing: 25 minutes
 # make lint   format, lint and type check
 # Each creates .venv and installs what is missing; a second call installs nothing.
 
@@ -26,14 +26,13 @@ demo: $(STAMP)
 	$(BIN)/python -m longrl_jax.demo
 
 start: $(STAMP)
-	$(PYTHON_M).data.synthetic data/start --clips 1500 --validation 8 --lessons 24000 --seed 1
-	$(PYTHON_M).convert init configs/models/tiny_vila.json runs/start/init \
+	[ -e data/start/train.jsonl ] || \
+		$(PYTHON_M).data.synthetic data/start --clips 1500 --validation 8 --lessons 24000 --seed 1
+	[ -e runs/start/init ] || $(PYTHON_M).convert init configs/models/tiny_vila.json runs/start/init \
 		--corpus data/start/corpus.txt --time-tokens 64 --looking-back 5
-	$(PYTHON_M).train configs/start/1_options.yaml
-	$(PYTHON_M).train configs/start/2_told.yaml
-	$(PYTHON_M).train configs/start/3_perception.yaml
-	$(PYTHON_M).train configs/start/4_alignment.yaml
-	$(PYTHON_M).train configs/start/5_reasoning.yaml
+	for stage in options told perception alignment reasoning; do \
+		[ -e runs/start/$$stage/finished.json ] || \
+		$(PYTHON_M).train configs/start/?_$$stage.yaml || exit 1; done
 	$(PYTHON_M).convert to-hf runs/start/reasoning/export runs/start/tiny_vila_start --dtype bfloat16
 
 test: $(STAMP)

@@ -163,7 +163,7 @@ def percent(score: dict[str, float]) -> str:
 
 def points(score: dict[str, float]) -> str:
     text = f"{100 * score['mean']:+.1f}"
-    if "low" in score:
+    if score["low"] is not None:
         text += f" ({100 * score['low']:+.1f} to {100 * score['high']:+.1f})"
     return text
 

@@ -44,11 +44,11 @@ def main() -> None:
     say(f"2. CoT-SFT of {START}, a tiny VILA that knows words and frames, but not the task")
     move_aside(sft)
     run("longrl_jax.train", "configs/tiny_cpu_sft.yaml", *seed, *steps(args.sft_steps))
-    evaluate("configs/tiny_cpu_sft.yaml", sft, args.examples, "--baselines")
+    evaluate("configs/tiny_cpu_sft.yaml", sft, args.examples)
     say("3. GRPO: vLLM answers, rewards, update, push, again")
     move_aside(grpo)
     run("longrl_jax.train", "configs/tiny_cpu_grpo.yaml", *seed, *steps(args.grpo_steps))
-    evaluate("configs/tiny_cpu_grpo.yaml", grpo, args.examples, "--no-baselines")
+    evaluate("configs/tiny_cpu_grpo.yaml", grpo, args.examples)
     say("4. A page to look at")
     run("longrl_jax.report", str(sft), str(grpo), "--out", str(RUNS / "report.html"))
     say(f"\nDone in {(time.monotonic() - started_s) / 60:.1f} minutes")
@@ -60,11 +60,11 @@ def steps(number: int | None) -> list[str]:
     return [] if number is None else [f"run.num_steps={number}", "optimizer.warmup_steps=0"]
 
 
-def evaluate(config: str, folder: Path, examples: str, baselines: str) -> None:
+def evaluate(config: str, folder: Path, examples: str) -> None:
     """Scores a run's export on the held-out questions; the scores go to folder/evaluate/."""
     exported = f"model.path={folder / 'export'}"
     where = ["--out", str(folder / "evaluate" / folder.name), "--examples", examples]
-    run("longrl_jax.evaluate", config, exported, *where, baselines)
+    run("longrl_jax.evaluate", config, exported, *where)
 
 
 def move_aside(folder: Path) -> None:
@@ -109,8 +109,11 @@ def read_scores(folder: Path) -> dict[str, Any]:
 
 def shown(score: scores.Score) -> str:
     """Writes a score as percent with its interval."""
-    mean, low, high = (100 * (score[name] or 0.0) for name in ("mean", "low", "high"))
-    return f"{mean:.1f} % ({low:.1f} to {high:.1f})"
+    text = f"{100 * (score['mean'] or 0.0):.1f} %"
+    low, high = score["low"], score["high"]
+    if low is not None and high is not None:
+        text += f" ({100 * low:.1f} to {100 * high:.1f})"
+    return text
 
 
 def say(text: str) -> None:

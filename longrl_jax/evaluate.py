@@ -22,7 +22,7 @@ from longrl_jax.train import COMPILE_CACHE, check_names
 
 EPILOG = """\
 examples:
-  python -m longrl_jax.evaluate runs/demo/grpo/resolved.yaml model.path=runs/demo/grpo/export
+  python -m longrl_jax.evaluate runs/mine/resolved.yaml model.path=runs/mine/export
   python -m longrl_jax.evaluate configs/tiny_cpu_grpo.yaml --examples 100 --samples 16
 
 What is evaluated is model.path, a Hugging Face folder (a run's is RUN/export), on data.validation.
@@ -37,6 +37,7 @@ modes
   other_video  greedy, every question asked of another question's film
 baselines
   one letter   the best constant answer to the multiple-choice questions
+  one answer   the most frequent answer of each kind, free answers too
   chance       guessing among the options
 A score means that the videos were understood as far as it exceeds all of these. Look at the format
 of the blind modes too: a policy that never saw a question without a video may lose the form there,
@@ -131,7 +132,11 @@ def run(cfg: config.Config, plan: Plan, found: dict[str, Any]) -> dict[str, Any]
         if plan.baselines:
             examples = [prompt.example for prompt in asked]
             one_letter, chance = scores.one_letter(examples), scores.chance(examples)
-            found["baselines"] = {"one_letter": one_letter, "chance": chance}
+            found["baselines"] = {
+                "one_letter": one_letter,
+                "one_answer": scores.one_answer(examples),
+                "chance": chance,
+            }
         engines = stack.enter_context(opened.open_engines(cfg, policy))
         for how in modes(plan):
             if how.name in found["modes"]:
@@ -144,6 +149,9 @@ def run(cfg: config.Config, plan: Plan, found: dict[str, Any]) -> dict[str, Any]
                 found["skipped"][how.name] = NOT_BLIND[how.name]
                 continue
             got = evaluation.answer(cfg, policy, engines, shown, embed, inputs, mode=how)
+            if how.name == NO_VIDEO:  # the film asked about: questions that share one are kin
+                films = {prompt.example.id: prompt.example.video for prompt in asked}
+                got = [[row | {"video": films[row["id"]]} for row in rows] for rows in got]
             answers[how.name], found["modes"][how.name] = got, scores.summary(got)
             found["counts"][how.name] = {"asked": len(asked), "answered": len(got)}
             keep(plan.out, found, answers)
@@ -202,6 +210,7 @@ def settings_of(cfg: config.Config, plan: Plan) -> dict[str, Any]:
         "rollout": [cfg.rollout.dtype, cfg.rollout.max_tokens, cfg.rollout.max_model_len],
         "batch.max_row_tokens": cfg.batch.max_row_tokens,
         "data": dataclasses.asdict(cfg.data),
+        "content of data.validation": _digest(Path(cfg.data.root) / cfg.data.validation),
         "rewards": cfg.rewards,
         "seed": cfg.seed,
         "--samples": plan.num_samples,
@@ -210,6 +219,14 @@ def settings_of(cfg: config.Config, plan: Plan) -> dict[str, Any]:
         "--baselines": plan.baselines,
     }
     return json.loads(json.dumps(settings))
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise ValueError(f"data.validation={path} cannot be read: {error.strerror}") from error
 
 
 def keep(out: Path, found: dict[str, Any], answers: dict[str, list[list[Row]]]) -> None:

@@ -12,6 +12,7 @@ import json
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -113,6 +114,8 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def prompt_digest(prompt: Prompt) -> str:
-    """Says whether a prompt is the one that was asked: its id, tokens and media."""
-    about = [prompt.example.id, np.asarray(prompt.tokens).tolist(), [m.key for m in prompt.media]]
+    """Says whether a prompt is the one that was asked and judged: record, tokens and media."""
+    example = prompt.example
+    about: list[Any] = [example.id, example.answer, example.kind]
+    about += [np.asarray(prompt.tokens).tolist(), [m.key for m in prompt.media]]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()

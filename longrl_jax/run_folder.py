@@ -83,17 +83,38 @@ def find(folder: Path, tree: Mapping[str, Any]) -> Point:
     num_steps = tree["run"]["num_steps"]
     finished = folder / FINISHED
     if finished.exists() and json.loads(finished.read_text())["step"] >= num_steps:
-        more = "raise run.num_steps to go on, or " if _may_grow(tree) else ""
+        more = "raise run.num_steps to go on, or " if saved and _may_grow(tree) else ""
         raise _another(folder, f"it is finished ({num_steps} steps); {more}")
     if not saved:
-        if tree["stage"] == "grpo" and not (folder / JOURNAL).exists():
-            raise _another(folder, "it has neither a checkpoint nor a journal to go on from")
+        if finished.exists():
+            raise _another(folder, "it is finished, and has no checkpoint to go on from")
+        _check_start_over(folder, tree, journaled)
         return Point(journaled=journaled)
     path, meta = saved[-1]
     if meta["step"] > num_steps:
         raise _another(folder, f"it is at step {meta['step']}, past run.num_steps={num_steps}")
     later = tuple(number for number in journaled if number > meta["step"])
     return Point(step=meta["step"], checkpoint=path, meta=meta, journaled=later)
+
+
+def _check_start_over(folder: Path, tree: Mapping[str, Any], journaled: tuple[int, ...]) -> None:
+    """Raises ValueError where starting over, without a checkpoint, would lose what was computed."""
+    sampled, done = (_steps_of(folder / name) for name in ("rollouts.jsonl", "metrics.jsonl"))
+    if sampled and (not journaled or journaled[0] > sampled[0]):
+        raise _another(
+            folder, f"its checkpoints are gone, and step {sampled[0]} is in no journal either"
+        )
+    every = tree["run"]["checkpoint_every"]
+    if tree["stage"] == "sft" and done and 0 < every < done[-1]:
+        raise _another(folder, f"it is at step {done[-1]}, but its checkpoints are gone")
+
+
+def _steps_of(log: Path) -> list[int]:
+    """Returns the steps of the whole lines of a log, in order."""
+    if not log.exists():
+        return []
+    lines = [line for line in log.read_text(encoding="utf-8").splitlines(True) if line[-1] == "\n"]
+    return [int(json.loads(line)["step"]) for line in lines]
 
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -55,17 +55,21 @@ def interval(answers: Sequence[Sequence[float]], clusters: Sequence[str] = ()) -
     Values in [0, 1]: Wilson's interval for as many independent questions as would have the
     variance of this mean; that is their own number for one right or wrong answer each. Others: the
     normal interval. clusters: what each question is about; where several share one, the variance
-    is the larger one of that over questions and that over clusters.
+    is the larger one of that over questions and that over clusters. Answers about one film alone
+    have no interval: they say nothing about other films.
     """
     values = np.array([np.mean(a) for a in answers])
     n, mean = len(values), float(values.mean())
+    num_films = len(set(clusters)) or n
+    if num_films == 1 < n:
+        return {"mean": mean, "low": None, "high": None, "n": n}
     drawn = [value for a in answers for value in a]
     bounded = all(0 <= value <= 1 for value in drawn)
     variance = _variance(values, clusters, ddof=0 if bounded else 1)
     if bounded:
         right_or_wrong = all(value in (0, 1) for value in drawn)
         most = len(drawn) if right_or_wrong else math.inf  # where every answer is a draw of its own
-        low, high = wilson(mean, min(mean * (1 - mean) / variance, most) if variance else n)
+        low, high = wilson(mean, min(mean * (1 - mean) / variance, most) if variance else num_films)
     elif n < 2:
         return {"mean": mean, "low": None, "high": None, "n": n}
     else:
@@ -89,8 +93,8 @@ def paired_difference(
     """Returns mean(a - b) over the same questions, by id, with its 95 % t interval.
 
     What makes a question easy for both leaves the difference, so this is narrower than two
-    intervals side by side. clusters: what each question is about, as in `interval`. Raises
-    ValueError where the questions are not the same.
+    intervals side by side. clusters: what each question is about, as in `interval`. Differences
+    that are all equal have no interval. Raises ValueError where the questions are not the same.
     """
     only = sorted(set(a) ^ set(b))
     if only or not a:
@@ -102,7 +106,7 @@ def paired_difference(
     values = np.array([a[name] - b[name] for name in names])
     about = [clusters[name] for name in names] if clusters else []
     n, mean = len(values), float(values.mean())
-    if n < 2:
+    if n < 2 or not np.ptp(values) or len(set(about)) == 1:  # all alike: no spread to judge by
         return {"mean": mean, "low": None, "high": None, "n": n}
     free = max(1, (len(set(about)) if about else n) - 1)
     half = float(special.stdtrit(free, (1 + CONFIDENCE) / 2)) * math.sqrt(
@@ -117,6 +121,13 @@ def difference(after: Path, before: Path, *, mode: str, part: str) -> dict[str, 
     mode: greedy, sampled, no_video or other_video; part: a reward part, e.g. video_qa/accuracy.
     """
     ours, theirs = read_answers(after, mode), read_answers(before, mode)
+    wanted = [{name: rows[0].get("answer") for name, rows in x.items()} for x in (ours, theirs)]
+    other = [name for name in ours if name in theirs and wanted[0][name] != wanted[1][name]]
+    if other:
+        raise ValueError(
+            f"{after} and {before} know other answers to {len(other)} questions, e.g. "
+            f"{other[0]!r}: their data sets differ; evaluate both on the same one"
+        )
     a, b = (_question_means(answers, part) for answers in (ours, theirs))
     kinds: dict[str, list[str]] = {ALL: list(ours)}
     for name, rows in ours.items():
@@ -156,6 +167,23 @@ def one_letter(examples: Sequence[Example]) -> dict[str, Any]:
     """
     choices = _by_kind([e for e in examples if re.fullmatch("[A-Z]", e.answer)])
     return {kind: _best_letter(chosen) for kind, chosen in choices.items()}
+
+
+def one_answer(examples: Sequence[Example]) -> dict[str, Any]:
+    """Returns what the most frequent answer of each kind scores, free answers too, {"all" or kind:
+    {mean, low, high, n}}: what a policy knows that has learned the answers, but not to look."""
+    right = []
+    for chosen in list(_by_kind(examples).values())[1:]:
+        answers = [e.answer for e in chosen]
+        best = max(sorted(set(answers)), key=answers.count)
+        right += [(e, [float(e.answer == best)]) for e in chosen]
+    kinds = {ALL: right} if right else {}
+    for example, value in right:
+        kinds.setdefault(kind_name(example.kind), []).append((example, value))
+    return {
+        kind: dict(interval([v for _, v in pairs], _films(e for e, _ in pairs)))
+        for kind, pairs in kinds.items()
+    }
 
 
 def chance(examples: Sequence[Example]) -> dict[str, Any]:
@@ -207,6 +235,10 @@ def _cluster(row: Row) -> str:
     return f"film {row['video']}" if row["video"] else f"question {row['id']}"
 
 
+def _films(examples: Iterable[Example]) -> list[str]:
+    return [_cluster({"video": e.video, "id": e.id}) for e in examples]
+
+
 def _variance(values: np.ndarray, clusters: Sequence[str], *, ddof: int) -> float:
     """Of the mean of values: the larger of that over values and, if any is shared, over clusters.
 
@@ -248,5 +280,5 @@ def _best_letter(chosen: Sequence[Example]) -> dict[str, Any]:
     answers = [e.answer for e in chosen]
     shares = {letter: answers.count(letter) / len(answers) for letter in sorted(set(answers))}
     letter = max(shares, key=lambda name: shares[name])
-    score = interval([[float(answer == letter)] for answer in answers])
+    score = interval([[float(answer == letter)] for answer in answers], _films(chosen))
     return {"letter": letter, **score, "shares": shares}

@@ -1,4 +1,4 @@
-"""YAML as a person means it: what PyYAML would silently guess is refused."""
+"""YAML without double keys, and errors of one line that name the file."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ def parse(text: str, where: str) -> Any:
     try:
         _refuse_double_keys(yaml.compose(text, Loader=yaml.SafeLoader), where)
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         mark = getattr(error, "problem_mark", None)
         what = getattr(error, "problem", None) or " ".join(str(error).split())
         at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = Path(cfg.run.dir)
         held = _take(folder)
         point = run_folder.find(folder, dataclasses.asdict(cfg))
-        if point != run_folder.Point():
+        if point != run_folder.Point() or (folder / "metrics.jsonl").exists():
             sys.stdout.write(f"{run_folder.describe(folder, point, cfg.run.num_steps)}\n")
             sys.stdout.flush()
         platform.prepare(cfg.mesh, cfg.rollout, compilation_cache=str(COMPILE_CACHE))
@@ -80,12 +80,12 @@ def _take(folder: Path) -> TextIO:
 
 def _write_report(folder: Path) -> None:
     """Writes report.html; whatever goes wrong with a page does not undo a run."""
-    from longrl_jax import report
-
     try:
+        from longrl_jax import report
+
         sys.stdout.write(f"report: {report.write(folder)}\n")
-    except (ValueError, OSError) as error:
-        sys.stdout.write(f"no report: {error}\n")
+    except Exception as error:
+        sys.stdout.write(f"no report: {type(error).__name__}: {error}\n")
 
 
 def _keep_trace(path: Path) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from longrl_jax import config
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 SMALL = """
 stage: grpo
 model: {path: some/folder}

@@ -80,12 +80,18 @@ def test_without_a_checkpoint_the_journal_is_replayed_from_the_start(begun, tree
     with pytest.raises(ValueError, match=r"meta.json cannot be read .* remove .*step_00000005"):
         run_folder.find(begun, tree())
     (begun / run_folder.CHECKPOINTS / "step_00000005").rmdir()
+    (begun / "rollouts.jsonl").write_text('{"step": 5}\n{"step": 6}\n')
     point = run_folder.find(begun, tree())
     assert (point.step, point.checkpoint, point.journaled) == (0, None, (5, 6, 7))
+    (begun / "rollouts.jsonl").write_text('{"step": 4}\n{"step": 5}\n{"st')  # half a line: a kill
+    with pytest.raises(ValueError, match="checkpoints are gone, and step 4 is in no journal"):
+        run_folder.find(begun, tree())
+    (begun / "rollouts.jsonl").write_text("")
     for path in (begun / run_folder.JOURNAL).iterdir():
         path.unlink()
-    (begun / run_folder.JOURNAL).rmdir()
-    with pytest.raises(ValueError, match="neither a checkpoint nor a journal to go on from"):
+    assert run_folder.find(begun, tree()) == run_folder.Point()  # nothing was ever sampled
+    (begun / run_folder.FINISHED).write_text('{"step": 1}')
+    with pytest.raises(ValueError, match="is finished, and has no checkpoint"):
         run_folder.find(begun, tree())
 
 

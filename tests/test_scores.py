@@ -47,7 +47,10 @@ def test_questions_that_share_a_film_count_less_than_as_many_films():
     got = scores.interval(answers, films)
     np.testing.assert_allclose([got["low"], got["high"]], [low, high], atol=0.002)
     assert scores.interval(answers)["low"] > got["low"] + 0.03
-    assert scores.interval(answers, ["one film"] * 400) == scores.interval(answers)
+    alone = scores.interval(answers, ["one film"] * 400)
+    assert (alone["mean"], alone["low"]) == (0.34, None)  # says nothing about other films
+    whole = scores.interval([[1.0]] * 400, films)  # no spread: as many draws as films
+    np.testing.assert_allclose(whole["low"], scores.wilson(1.0, 100)[0])
 
 
 def test_a_reward_outside_0_to_1_has_the_normal_interval():
@@ -82,8 +85,12 @@ def test_paired_difference_is_the_t_interval_of_the_differences():
     want = stats.ttest_rel(after, before).confidence_interval(0.95)
     got = scores.paired_difference(dict(reversed(a.items())), b)
     np.testing.assert_allclose([got["low"], got["high"]], [want.low, want.high], atol=EXACT)
-    shared = scores.paired_difference(a, b, {f"q{i}": f"film {i // 20}" for i in range(40)})
-    assert shared["mean"] == got["mean"] and shared["low"] <= got["low"]
+    thrice = [{f"{n} {k}": x for n, x in xs.items() for k in range(3)} for xs in (a, b)]
+    films = {name: name.split()[0] for name in thrice[0]}
+    shared = scores.paired_difference(*thrice, films)  # three questions a film that are one
+    assert shared["mean"] == pytest.approx(got["mean"])
+    np.testing.assert_allclose(shared["high"] - shared["low"], got["high"] - got["low"], rtol=1e-9)
+    assert scores.paired_difference({"p": 1.0, "q": 1.0}, {"p": 0.0, "q": 0.0})["low"] is None
     with pytest.raises(ValueError, match=r"40 and 39 .* not the same ones \(1 in one alone.*'q0'"):
         scores.paired_difference(a, {name: x for name, x in b.items() if name != "q0"})
 
@@ -111,7 +118,7 @@ def test_difference_of_two_folders(tmp_path):
 
 def test_one_letter_and_chance():
     def ask(answer, kind, question="which ? red = A blue = B green = C"):
-        return Example(id="q", question=question, answer=answer, kind=kind)
+        return Example(id=f"{kind} {answer}", question=question, answer=answer, kind=kind)
 
     four = "What did a man do?\nA. run\nB. sit\nC. eat\nD. A cat came"
     examples = [ask("A", "goal"), ask("B", "goal"), ask("B", "plot"), ask("C", "plot", four)]
@@ -124,3 +131,6 @@ def test_one_letter_and_chance():
     assert chance["all"] == {"mean": pytest.approx((3 / 3 + 1 / 4) / 4), "n": 4}
     assert chance["plot"] == {"mean": pytest.approx((1 / 3 + 1 / 4) / 2), "n": 2}
     assert scores.one_letter([free]) == {} == scores.chance([free])
+    constant = scores.one_answer([*examples, free])
+    assert constant["goal"]["mean"] == 0.5 and constant["plot"]["mean"] == pytest.approx(1 / 3)
+    assert (constant["all"]["mean"], constant["all"]["n"]) == (pytest.approx(2 / 5), 5)

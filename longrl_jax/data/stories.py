@@ -3,7 +3,7 @@
 The world: four coloured pads in the corners; three to five visitors, no two of one colour, cross
 one after another; then a white walker heads for one of the pads. Four kinds of questions are
 LongVideo-Reason's, with options A to D; two are answered in a word or a number. Options are written
-"text = letter": a tiny model learns that look-up, but not "letter ) text" (docs/measured.md).
+"text = letter", the letter one step after what it is looked up by.
 """
 
 import dataclasses

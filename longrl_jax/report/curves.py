@@ -144,7 +144,7 @@ def _chart(
 
 def _constant(series: Sequence[svg.Series]) -> bool:
     values = np.concatenate([one.values[np.isfinite(one.values)] for one in series])
-    return bool(np.ptp(values) == 0)
+    return values.size == 0 or bool(np.ptp(values) == 0)
 
 
 def _keys(runs: Sequence[folders.Run]) -> list[str]:

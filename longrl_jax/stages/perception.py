@@ -31,7 +31,7 @@ from longrl_jax.losses import masked_mean
 from longrl_jax.metrics import Phases, RunLog
 from longrl_jax.optimizer import make_optimizer
 from longrl_jax.stages import policy as opened
-from longrl_jax.stages import questions, update
+from longrl_jax.stages import questions
 from longrl_jax.stages.policy import Policy
 from longrl_jax.types import Example, Prompt
 
@@ -48,18 +48,18 @@ def run(cfg: Config) -> None:
     """
     folder = Path(cfg.run.dir)
     run_folder.cut_logs(folder, run_folder.Point())
-    policy, state = opened.open_policy(cfg)
+    policy, state = opened.open_policy(cfg, trains=False)
     encoder = opened.open_encoder(policy, state)
     if encoder is None or policy.stage != "packed":
         raise ValueError(
             "stage=perception trains the projector: take projector out of model.frozen, and name a "
             "checkpoint with a vision tower in model.path"
         )
-    words = vocabulary(cfg)
+    frame_words, film_words = vocabulary(cfg)
     optimizer = make_optimizer(cfg.optimizer, cfg.run.num_steps)
     projector, others = nnx.split_state(state.params, lambda path, _: path[0] == "projector", ...)
     width = policy.backbone.text_config(policy.model_cfg).width
-    trained = projector, [jnp.zeros((width, len(known))) for known in words]
+    trained = projector, [jnp.zeros((width, len(known))) for known in frame_words + film_words]
     opt_state = optimizer.init(trained)
     learn = make_update(policy, nnx.merge_state(state.frozen, others), optimizer)
     phases = Phases()
@@ -72,15 +72,19 @@ def run(cfg: Config) -> None:
         empty_steps = 0
         phases.take()
         for number, asked in questions.training(cfg, policy, refused):
-            kept, features = embed(asked, number)
+            kept, features = embed(labelled(cfg, asked, refused, number), number)
             values: dict[str, Any] = {}
             empty_steps = questions.count_empty(kept, empty_steps, refused)
             if kept:
                 with phases.phase("update"):
-                    batch = make_batch(kept, features, words, cfg.batch.groups)
+                    batch = make_batch(kept, features, frame_words, film_words, cfg.batch.groups)
                     trained, opt_state, stats = learn(trained, opt_state, *batch)
                     values = {name: float(x) for name, x in jax.device_get(stats).items()}
-                update.stop_if_not_finite(values, number=number, save=lambda: None)
+                if not np.isfinite([values["loss"], values["grad_norm"]]).all():
+                    raise FloatingPointError(
+                        f"step {number}: loss={values['loss']}, grad_norm={values['grad_norm']}; "
+                        "begin again in another run.dir with a lower optimizer.learning_rate"
+                    )
             counts = {"groups": len(kept), "refused": refused.count}
             log.step(number, values | counts | phases.take(), shown=SHOWN)
     params = nnx.merge_state(others, trained[0])
@@ -90,8 +94,8 @@ def run(cfg: Config) -> None:
     run_folder.mark_finished(folder, cfg.run.num_steps)
 
 
-def vocabulary(cfg: Config) -> list[Words]:
-    """Returns the words of every place: those of a frame's line first, then those of the answer.
+def vocabulary(cfg: Config) -> tuple[list[Words], list[Words]]:
+    """Returns the words of every place: of a frame's line, and of the answer.
 
     All records are read once; a bad one is refused later, when its step comes.
     """
@@ -108,7 +112,10 @@ def vocabulary(cfg: Config) -> list[Words]:
                 frame_words[k].add(word)
         for k, word in enumerate(example.answer.split()):
             film_words[k].add(word)
-    return [["", *sorted(words[k])] for words in (frame_words, film_words) for k in sorted(words)]
+    frames, films = (
+        [["", *sorted(words[k])] for k in sorted(words)] for words in (frame_words, film_words)
+    )
+    return frames, films
 
 
 def lines_of(example: Example) -> list[list[str]]:
@@ -116,31 +123,51 @@ def lines_of(example: Example) -> list[list[str]]:
     return [line.split() for line in example.reasoning.split(";")]
 
 
+def labelled(
+    cfg: Config, asked: Sequence[Prompt], refused: RefusedLog, number: int
+) -> list[Prompt]:
+    """Returns the prompts with a video of data.num_frames frames and a line for each; the others
+    are refused by name."""
+    kept, wanted = [], cfg.data.num_frames
+    for prompt in asked:
+        num_frames = len(prompt.media[0].times_s) if prompt.media else 0
+        num_lines = len(lines_of(prompt.example))
+        if num_frames == num_lines == wanted:
+            kept.append(prompt)
+            continue
+        error = ValueError(
+            f"record {prompt.example.id!r} names {num_lines} frames, {num_frames} of its video are "
+            f"read, and data.num_frames={wanted}; write one line a frame, separated by ';'"
+        )
+        refused.add(prompt.example, error, step=number)
+    return kept
+
+
 def make_batch(
     asked: Sequence[Prompt],
     features: Sequence[np.ndarray | None],
-    words: Sequence[Words],
+    frame_words: Sequence[Words],
+    film_words: Sequence[Words],
     num_films: int,
 ) -> tuple[Float[np.ndarray, "N F n C"], Int[np.ndarray, "N F K"]]:
     """Returns stored features and the number of the word at each place; -1 in films of padding."""
-    ids = [{word: i for i, word in enumerate(known)} for known in words]
     num_frames = len(asked[0].media[0].times_s)
     stored_FnC = [x.reshape(num_frames, -1, x.shape[-1]) for x in features if x is not None]
     rows_NFnC = np.zeros((num_films, *stored_FnC[0].shape), np.float32)
-    labels_NFK = np.full((num_films, num_frames, len(words)), -1, np.int32)
+    num_places = len(frame_words) + len(film_words)
+    labels_NFK = np.full((num_films, num_frames, num_places), -1, np.int32)
     for i, (prompt, stored) in enumerate(zip(asked, stored_FnC, strict=True)):
-        lines, film = lines_of(prompt.example), prompt.example.answer.split()
-        num_places = len(words) - len(film)
-        if len(lines) != num_frames:
-            raise ValueError(
-                f"record {prompt.example.id!r} names {len(lines)} frames, but data.num_frames="
-                f"{num_frames} are read; write one line a frame, separated by ';'"
-            )
         rows_NFnC[i] = stored
-        for t, line in enumerate(lines):
-            said = line + [""] * (num_places - len(line)) + film
-            labels_NFK[i, t] = [ids[k][word] for k, word in enumerate(said)]
+        film = _numbers(prompt.example.answer.split(), film_words)
+        for t, line in enumerate(lines_of(prompt.example)):
+            labels_NFK[i, t] = _numbers(line, frame_words) + film
     return rows_NFnC, labels_NFK
+
+
+def _numbers(said: Sequence[str], words: Sequence[Words]) -> list[int]:
+    """Returns the number of the word at each place; 0 after the last word."""
+    padded = [*said, *[""] * (len(words) - len(said))]
+    return [known.index(word) for word, known in zip(padded, words, strict=True)]
 
 
 def make_update(

@@ -1,6 +1,7 @@
 """What lets a stage be killed at any moment: checkpoints, the journal, and going on from them."""
 
 import dataclasses
+import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ from longrl_jax.stages import policy as opened
 from longrl_jax.stages.policy import Policy
 from longrl_jax.types import Prompt
 
+START = "start.json"
+"""Digests of the parameters that a run began with."""
 JOURNAL_TOKEN_BYTES = 8  # int32 token and float32 log p
 TEXT_TOKEN_BYTES = 8  # of rollouts.jsonl, at most about that
 
@@ -66,7 +69,8 @@ class Saver:
         """
         every = self._run.checkpoint_every
         due = number == self._run.num_steps or (every > 0 and number % every == 0)
-        if not (due or self._is_best(scores)):
+        is_best = self._is_best(scores)  # asked always: a wrong name is told at the first scores
+        if not (due or is_best):
             return
         started_s = time.perf_counter()
         folder = self._folder / run_folder.CHECKPOINTS
@@ -78,7 +82,10 @@ class Saver:
         }
         path = checkpoint.save(folder, state, step=number, about=about)
         checkpoint.prune(folder, keep=self._run.keep, best_metric=self._run.best_metric)
-        journal.forget(self._folder / run_folder.JOURNAL, number)
+        oldest = min(meta["step"] for _, meta in run_folder.metas(self._folder))
+        journal.forget(
+            self._folder / run_folder.JOURNAL, oldest
+        )  # any kept one can be gone back to
         tqdm.write(f"checkpoint {path} ({time.perf_counter() - started_s:.1f} s)")
 
     def finish(self, state: step.TrainState) -> None:
@@ -117,10 +124,13 @@ def open_saver(
     folder = Path(cfg.run.dir)
     point = run_folder.find(folder, dataclasses.asdict(cfg))
     run_folder.check_disk(folder, needed_bytes(cfg, state))
-    start = {"frozen": rollout_bridge.weights_digest(models.arrays_of(state.frozen))}
+    start = {
+        "frozen": rollout_bridge.weights_digest(models.arrays_of(state.frozen)),
+        "trained": rollout_bridge.weights_digest(models.arrays_of(state.params)),
+    }
     if reference is not None:
         start["reference"] = rollout_bridge.weights_digest(models.arrays_of(reference))
-    changed = [k for k, digest in point.meta.get("start", start).items() if start.get(k) != digest]
+    changed = [k for k, digest in _written_start(folder, start).items() if start.get(k) != digest]
     if changed:
         raise ValueError(
             f"the {' and '.join(changed)} parameters are not those that {folder} was started with: "
@@ -128,10 +138,18 @@ def open_saver(
         )
     run_folder.cut_logs(folder, point)
     checkpoint.sweep(folder / run_folder.CHECKPOINTS)
-    journal.forget(folder / run_folder.JOURNAL, point.step)
     if point.checkpoint is not None:
         state = checkpoint.restore(point.checkpoint, state)
     return Saver(cfg, policy, point, start), state
+
+
+def _written_start(folder: Path, start: dict[str, str]) -> dict[str, str]:
+    """Returns what the run of this folder was started from; writes it where the run is new."""
+    path = folder / START
+    if not path.exists():
+        run_folder.write_synced(path, json.dumps(start).encode() + b"\n")
+    found: dict[str, str] = json.loads(path.read_text())
+    return found
 
 
 def needed_bytes(cfg: Config, state: step.TrainState) -> dict[str, int]:
@@ -143,6 +161,6 @@ def needed_bytes(cfg: Config, state: step.TrainState) -> dict[str, int]:
     if cfg.stage == "grpo":
         steps = min(cfg.run.checkpoint_every or cfg.run.num_steps, cfg.run.num_steps)
         tokens = cfg.batch.groups * cfg.rollout.num_samples * cfg.rollout.max_tokens
-        needed["journal"] = steps * tokens * JOURNAL_TOKEN_BYTES
+        needed["journal"] = cfg.run.keep * steps * tokens * JOURNAL_TOKEN_BYTES
         needed["rollouts.jsonl"] = cfg.run.num_steps * tokens * TEXT_TOKEN_BYTES
     return needed

@@ -61,15 +61,18 @@ def test_the_projector_learns_to_name_what_is_shown(configured, films, world, tm
 
 def test_the_vocabulary_is_that_of_every_place(configured, films):
     cfg = configured("tiny_cpu_sft.yaml", f"data.root={films}", "data.train=naming.jsonl")
-    words = perception.vocabulary(cfg)
-    assert all(known[0] == "" and known == sorted(known) for known in words)
-    assert {"white", "nobody"} <= set(words[0]) and "walker" in words[1]
-    assert all(set(known[1:]) <= set(COLORS) for known in words[-4:])  # the pads, in the answer
+    frames, film = perception.vocabulary(cfg)
+    assert all(known[0] == "" and known == sorted(known) for known in frames + film)
+    assert {"white", "nobody"} <= set(frames[0]) and "walker" in frames[1]
+    assert len(film) == 4 and all(set(known[1:]) <= set(COLORS) for known in film)  # the pads
 
 
 def test_labels_stand_at_their_frames_and_padding_has_none():
     example = Example(id="q", question="?", answer="red blue", reasoning="a b; a; c d e")
-    words = [["", "a", "c"], ["", "b", "d"], ["", "e"], ["", "red"], ["", "blue", "red"]]
+    frames, film = (
+        [["", "a", "c"], ["", "b", "d"], ["", "e"]],
+        [["", "red"], ["", "blue"], ["", "x"]],
+    )
     medium = Media(
         kind="video", path="film.mp4", key="k", grid=(3, 1, 2), times_s=(0.0, 1.0, 2.0),
         size=(2, 4), num_tokens=6, offset=0,
@@ -79,16 +82,16 @@ def test_labels_stand_at_their_frames_and_padding_has_none():
         rope_pos=np.arange(9), next_rope_pos=9, media=(medium,),
     )  # fmt: skip
     stored_MC = np.arange(24, dtype=np.float32).reshape(6, 4)
-    rows_NFnC, labels_NFK = perception.make_batch([prompt], [stored_MC], words, num_films=2)
-    want = [[1, 1, 0, 1, 1], [1, 0, 0, 1, 1], [2, 2, 1, 1, 1]]
-    assert labels_NFK.tolist() == [want, [[-1] * 5] * 3]
+    rows_NFnC, labels_NFK = perception.make_batch([prompt], [stored_MC], frames, film, num_films=2)
+    want = [[1, 1, 0, 1, 1, 0], [1, 0, 0, 1, 1, 0], [2, 2, 1, 1, 1, 0]]  # a third word is not said
+    assert labels_NFK.tolist() == [want, [[-1] * 6] * 3]
     assert rows_NFnC.tolist() == [
         [[[8 * t + 4 * n + c for c in range(4)] for n in range(2)] for t in range(3)],
         np.zeros((3, 2, 4)).tolist(),
     ]
 
 
-def test_a_record_with_another_number_of_lines_is_named(configured, films):
+def test_a_record_with_another_number_of_lines_is_named(configured, films, tmp_path):
     cfg = configured(
         "tiny_cpu_sft.yaml",
         "stage=perception",
@@ -98,5 +101,7 @@ def test_a_record_with_another_number_of_lines_is_named(configured, films):
         "batch={groups: 8, max_row_tokens: 1024}",
         "rollout={max_model_len: 1024, max_tokens: 64}",
     )
-    with pytest.raises(ValueError, match=r"names 32 frames, but data.num_frames=16 are read"):
+    with pytest.raises(ValueError, match="every record of 3 steps in a row was refused"):
         perception.run(cfg)
+    row = json.loads((tmp_path / "run" / "refused.jsonl").read_text().splitlines()[0])
+    assert "names 32 frames, 16 of its video are read, and data.num_frames=16" in row["message"]
