@@ -93,6 +93,7 @@ class Saver:
         if self._run.export:
             self.export(state)
         run_folder.mark_finished(self._folder, self._run.num_steps)
+        journal.forget(self._folder / run_folder.JOURNAL, self._run.num_steps)
 
     def export(self, state: step.TrainState) -> None:
         """Writes export/ in place of what an earlier end of the run has left there."""
