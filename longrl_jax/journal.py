@@ -19,8 +19,6 @@ import numpy as np
 from longrl_jax import run_folder
 from longrl_jax.types import Prompt, Rollout, Sample
 
-DIGEST_CHARS = 64
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:

@@ -131,7 +131,9 @@ def open_saver(
     }
     if reference is not None:
         start["reference"] = rollout_bridge.weights_digest(models.arrays_of(reference))
-    changed = [k for k, digest in _written_start(folder, start).items() if start.get(k) != digest]
+    changed = [
+        k for k, digest in _written_start(folder, point, start).items() if start.get(k) != digest
+    ]
     if changed:
         raise ValueError(
             f"the {' and '.join(changed)} parameters are not those that {folder} was started with: "
@@ -144,12 +146,19 @@ def open_saver(
     return Saver(cfg, policy, point, start), state
 
 
-def _written_start(folder: Path, start: dict[str, str]) -> dict[str, str]:
-    """Returns what the run of this folder was started from; writes it where the run is new."""
-    path = folder / START
-    if not path.exists():
-        run_folder.write_synced(path, json.dumps(start).encode() + b"\n")
-    found: dict[str, str] = json.loads(path.read_text())
+def _written_start(
+    folder: Path, point: run_folder.Point, start: dict[str, str]
+) -> Mapping[str, str]:
+    """Returns what the outcome that a run goes on with began from.
+
+    A run with nothing to go on from is new: it writes `start` down.
+    """
+    if point.checkpoint is not None:
+        began: Mapping[str, str] = point.meta["start"]
+        return began
+    if not point.journaled:
+        run_folder.write_synced(folder / START, json.dumps(start).encode() + b"\n")
+    found: Mapping[str, str] = json.loads((folder / START).read_text())
     return found
 
 

@@ -237,8 +237,12 @@ def test_a_step_is_saved_when_it_is_due_or_the_best(configured, tmp_path, monkey
         "optimizer.warmup_steps=0",
     )  # fmt: skip
     policy, state = opened.open_policy(cfg)
-    saver, state = saving.open_saver(cfg, policy, state)
+    other = jax.tree.map(lambda x: x + 1, state.frozen)
     folder = tmp_path / "run"
+    folder.mkdir()
+    # nothing is computed yet: a first try with another model.path binds nobody
+    saving.open_saver(cfg, policy, dataclasses.replace(state, frozen=other))
+    saver, state = saving.open_saver(cfg, policy, state)
     (folder / "resolved.yaml").write_text(config.to_yaml(cfg))
     kept = []
     for number, score in enumerate((0.1, None, 0.3, 0.2, 0.4, None), start=1):
@@ -250,7 +254,6 @@ def test_a_step_is_saved_when_it_is_due_or_the_best(configured, tmp_path, monkey
     ):
         saver.after_step(8, state, {"bleu": 0.1})
     # the frozen parts are those of model.path, which has to be what it was
-    other = jax.tree.map(lambda x: x + 1, state.frozen)
     with pytest.raises(ValueError, match="the frozen parameters are not those .* was started with"):
         saving.open_saver(cfg, policy, dataclasses.replace(state, frozen=other))
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: Usage(free=1000))
