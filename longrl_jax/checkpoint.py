@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from longrl_jax.run_folder import FORMAT, META, metas, sync_folder, write_synced
+from longrl_jax.run_folder import FORMAT, META, make_folder, metas, sync_folder, write_synced
 from longrl_jax.step import TrainState
 
 HASH_THREADS = 8
@@ -30,8 +30,9 @@ def save(folder: Path, state: TrainState, *, step: int, about: Mapping[str, Any]
     nothing half-written is left then, and earlier checkpoints stay.
     """
     final, partial = folder / f"step_{step:08d}", folder / f".step_{step:08d}.partial"
+    make_folder(folder)
     sweep(folder)
-    partial.mkdir(parents=True)
+    partial.mkdir()
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((partial / "state").absolute(), _named(state))
@@ -48,6 +49,7 @@ def save(folder: Path, state: TrainState, *, step: int, about: Mapping[str, Any]
         shutil.rmtree(final)
     partial.rename(final)
     sync_folder(folder)
+    sync_folder(folder.parent)  # its own name: who made it may have been killed before that
     return final
 
 

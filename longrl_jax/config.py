@@ -1,18 +1,13 @@
 """Run configuration: the dataclasses that mirror a file in configs/, and its loader."""
 
-import ast
 import dataclasses
-import difflib
 import math
 import types
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import yaml
-
-from longrl_jax import strict_yaml
+from longrl_jax import records, strict_yaml
 
 X = TypeVar("X")
 MAX_SEED = 2**32 - 1
@@ -436,86 +431,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             if not isinstance(node, dict):
                 raise ValueError(f"override {item!r}: {name} is a value, not a section")
         node[leaf] = (
-            strict_yaml.parse(text, f"override {item!r}") if text else ""
+            strict_yaml.parse(text, f"override {item!r}", key=dotted) if text else ""
         )  # "key=": the empty string
-    return _build(Config, tree, where="")
+    return records.build(Config, tree)
 
 
 def to_yaml(config: Config) -> str:
     """Returns the resolved config as YAML that `load` reads back to an equal config."""
     tree = dataclasses.asdict(config)
     tree["model"]["frozen"] = list(config.model.frozen)
-    return yaml.safe_dump(tree, sort_keys=False)
+    return strict_yaml.dump(tree)
 
 
 def describe() -> str:
     """Returns every key with its type, default and meaning, for --help."""
-    lines = ["config keys:"]
-    module = ast.parse(Path(__file__).read_text())
-    classes = {node.name: node for node in module.body if isinstance(node, ast.ClassDef)}
-    for name, hint in typing.get_type_hints(Config).items():
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            lines += _describe_fields(classes[hint.__name__], f"{name}.")
-    return "\n".join(lines[:1] + _describe_fields(classes["Config"], "") + lines[1:])
-
-
-def _describe_fields(node: ast.ClassDef, prefix: str) -> list[str]:
-    lines = []
-    for field, after in zip(node.body, [*node.body[1:], None], strict=True):
-        if not isinstance(field, ast.AnnAssign) or ast.unparse(field.annotation).endswith("Config"):
-            continue
-        default = "" if field.value is None else f" = {ast.unparse(field.value)}"
-        lines.append(
-            f"  {prefix}{ast.unparse(field.target)}: {ast.unparse(field.annotation)}{default}"
-        )
-        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            lines += [f"      {line.strip()}" for line in str(after.value.value).splitlines()]
-    return lines
-
-
-def _build(cls: type[X], tree: Any, where: str) -> X:
-    if not isinstance(tree, dict):
-        raise ValueError(f"{where.rstrip('.')} must be a mapping, got {tree!r}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls)
-    kwargs = {}
-    for key, value in tree.items():
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean {where}{near[0]}?" if near else f"known keys: {sorted(fields)}"
-            raise ValueError(f"unknown config key {where}{key}; {hint}")
-        kwargs[key] = _value(hints[key], value, f"{where}{key}")
-    unset = dataclasses.MISSING
-    required = [n for n, f in fields.items() if f.default is unset and f.default_factory is unset]
-    missing = [f"{where}{n}" for n in required if n not in kwargs]
-    if missing:
-        raise ValueError(f"missing config keys: {', '.join(missing)}")
-    return cls(**kwargs)
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where=f"{where}.")  # type: ignore[arg-type]
-    origin = typing.get_origin(hint)
-    if origin is tuple:
-        item = typing.get_args(hint)[0]
-        if not isinstance(value, list):
-            raise ValueError(f"{where} wants a list, got {value!r}")
-        return tuple(_value(item, x, where) for x in value)
-    if origin is dict:
-        item = typing.get_args(hint)[1]
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} wants a mapping, got {value!r}")
-        return {str(k): _value(item, x, f"{where}.{k}") for k, x in value.items()}
-    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:
-            value = float(value)  # YAML reads 1e-6 as a string
-        except (ValueError, OverflowError):  # a whole number of 400 digits
-            raise ValueError(f"{where} wants a number, got {value!r}") from None
-    if isinstance(value, float) and not math.isfinite(value):  # NaN is neither over nor under 0
-        raise ValueError(f"{where} wants a finite number, got {value}")
-    right = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-    if not right:
-        name = hint.__name__ if isinstance(hint, type) else str(hint)
-        raise ValueError(f"{where} wants {name}, got {value!r}")
-    return value
+    return "\n".join(["config keys:", *records.describe(Config)])

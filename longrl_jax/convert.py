@@ -105,12 +105,17 @@ def init(
 def from_hf(folder: Path, out: Path) -> int:
     """Loads a folder through the table, writes it again and compares every tensor, byte by byte.
 
-    Returns the number of tensors.
+    Returns the number of tensors. Raises ValueError, before anything is written, for whatever
+    training would refuse: tensors, configs, tokenizer and chat template.
     """
+    from longrl_jax.stages.policy import open_tokenizer  # here: no other command needs the stages
+
+    backbone = models.backbone_of(folder)
+    text = backbone.text_config(backbone.read_config(folder))
+    open_tokenizer(models.llm_folder(folder), text.vocab_size)  # before minutes of reading tensors
     cfg, model = models.load(folder)
     models.save(out, model, cfg, folder)
-    folders = models.backbone_of(folder).FOLDERS
-    before, after = (hf_files.open_tensors(f, folders) for f in (folder, out))
+    before, after = (hf_files.open_tensors(f, backbone.FOLDERS) for f in (folder, out))
     if odd := sorted(set(before) ^ set(after)):
         raise ValueError(f"{odd[0]} is in only one of {folder} and {out}")
     for name in before:

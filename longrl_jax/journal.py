@@ -52,7 +52,7 @@ def write(folder: Path, step: int, entry: Entry) -> None:
         logps=np.concatenate([sample.logps for sample in samples]),
     )
     content = body.getvalue()
-    folder.mkdir(parents=True, exist_ok=True)
+    run_folder.make_folder(folder)
     digest = hashlib.sha256(content).hexdigest().encode()
     run_folder.write_synced(path_of(folder, step), digest + b"\n" + content)
 

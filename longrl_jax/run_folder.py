@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -220,6 +220,14 @@ def write_synced(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it; the names of all that are new are on disk on return."""
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in new:
+        sync_folder(folder.parent)
+
+
 def sync_folder(path: Path) -> None:
     """Puts the names in a folder on disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -229,21 +237,34 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def num_bytes(folder: Path) -> int:
-    """Returns the bytes of all files below a folder; 0 if there is none."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def num_bytes(path: Path) -> int:
+    """Returns the bytes of a file, or of all files below a folder; 0 if there is none."""
+    return sum(p.stat().st_size for p in (path, *path.rglob("*")) if p.is_file())
 
 
-def check_disk(folder: Path, needed_bytes: Mapping[str, int]) -> None:
-    """Raises ValueError if the disk cannot take what a run will write; needed_bytes by part."""
-    folder.mkdir(parents=True, exist_ok=True)
-    have = sum(num_bytes(folder / name) for name in (CHECKPOINTS, JOURNAL, "export"))
-    free, needed = shutil.disk_usage(folder).free + have, sum(needed_bytes.values())
-    if needed > free:
-        parts = ", ".join(f"{name} {_gib(size)}" for name, size in needed_bytes.items())
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Need:
+    """The most that a part of a run will take on disk at a time."""
+
+    what: str
+    """As a person reads it, e.g. 3 checkpoints."""
+    size_bytes: int
+    name: str = ""
+    """File or folder in the run folder that holds it; what is there already is credited. Empty: new
+    in every case."""
+
+
+def check_disk(folder: Path, needs: Sequence[Need]) -> None:
+    """Raises ValueError if the disk cannot take what a run has still to write."""
+    make_folder(folder)
+    have = sum(min(num_bytes(folder / need.name), need.size_bytes) for need in needs if need.name)
+    free, needed = shutil.disk_usage(folder).free, sum(need.size_bytes for need in needs)
+    if needed - have > free:
+        parts = ", ".join(f"{need.what} {_gib(need.size_bytes)}" for need in needs)
+        there = f", of which {_gib(have)} are there" if have else ""
         raise ValueError(
-            f"run.dir={folder} will need up to {_gib(needed)} ({parts}), its disk has {_gib(free)}"
-            "; free some, choose a run.dir on another disk, or lower run.keep or "
+            f"run.dir={folder} will need up to {_gib(needed)} ({parts}){there}, its disk has "
+            f"{_gib(free)} left; free some, choose a run.dir on another disk, or lower run.keep or "
             "run.checkpoint_every"
         )
 

@@ -64,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         # what a person can mend is one line; the rest is a bug, and its trace is shown
         if not isinstance(error, ValueError | FloatingPointError | OSError | EngineError):
             raise
-        sys.exit(f"longrl_jax.train: {error}\n({where})")
+        # an engine's own trace is not in ours, and says more than where we called it
+        notes = getattr(error, "__notes__", []) if isinstance(error, EngineError) else []
+        sys.exit("\n".join([f"longrl_jax.train: {error}", *notes, f"({where})"]))
     finally:
         held.close()
 
@@ -72,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _take(folder: Path) -> TextIO:
     """Makes the run folder and takes it for this process; returns what holds it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        run_folder.make_folder(folder)
         return run_folder.lock(folder)
     except OSError as error:
         raise platform.disk_error(error, folder, "set run.dir to another folder") from error

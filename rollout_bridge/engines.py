@@ -16,7 +16,10 @@ MIN_TEMPERATURE = 0.01
 
 
 class EngineError(RuntimeError):
-    """An engine that died or cannot go on; the message names it, how it ended and a way out."""
+    """An engine that died or cannot go on; the message names it, how it ended and a way out.
+
+    Where the engine is a process of its own, the note (__notes__) is the trace from there.
+    """
 
 
 class Engine(Protocol):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,6 +28,10 @@ POLL_S = 0.5
 """How soon the death of the worker is noticed if its socket outlives it."""
 EXIT_S = 20.0
 """How long a worker may take to close its engine before it is killed."""
+ERRORS: dict[str, type[Exception]] = {"ValueError": ValueError, "EngineError": EngineError}
+"""What a worker's error becomes at the learner; it travels as texts, never as an object."""
+Failure = dict[str, str]
+"""Of a worker's error: type (a name in ERRORS), message, trace."""
 
 
 class WorkerEngine:
@@ -150,11 +155,11 @@ class WorkerEngine:
             while not self._connection.poll(POLL_S):
                 if self._process.poll() is not None and not self._connection.poll(0):
                     self._raise_death(method)
-            error, value = self._connection.recv()
+            failure, value = self._connection.recv()
         except (EOFError, ConnectionResetError):
             self._raise_death(method)
-        if error is not None:
-            raise error(f"{self.name}, in {method}: {value}")
+        if failure is not None:
+            raise _error_of(failure, f"{self.name}, in {method}", pid=self.pid)
         return value
 
     def _raise_death(self, method: str) -> None:
@@ -169,6 +174,14 @@ class WorkerEngine:
             "SIGKILL is most often the kernel's answer to too little memory: lower "
             "rollout.kv_cache_gib or rollout.max_model_len"
         ) from None
+
+
+def _error_of(failure: Failure, where: str, *, pid: int) -> Exception:
+    """Returns the learner's error for a worker's, with the worker's trace as its note."""
+    error = ERRORS[failure["type"]](f"{where}: {failure['message']}")
+    trace = failure["trace"].rstrip()
+    error.add_note(f"trace of the worker (pid {pid}):\n{trace}")
+    return error
 
 
 def _start(cfg: RolloutConfig, replica: int, connection_fd: int) -> subprocess.Popen:
@@ -244,7 +257,7 @@ def _serve(connection: Connection) -> None:
     try:
         while True:
             method, args = connection.recv()
-            reply: tuple[type[Exception] | None, Any]
+            reply: tuple[Failure | None, Any]
             try:
                 if method == "start":
                     llm_dir, cfg, seed, banned, stop = args
@@ -256,7 +269,9 @@ def _serve(connection: Connection) -> None:
                     assert engine is not None
                     reply = None, _answer(engine, method, args)
             except (ValueError, RuntimeError) as error:  # others end the process, with a trace
-                reply = (ValueError if isinstance(error, ValueError) else EngineError), str(error)
+                kind = ValueError if isinstance(error, ValueError) else EngineError
+                failure = {"type": kind.__name__, "message": str(error)}
+                reply = failure | {"trace": traceback.format_exc()}, None
             connection.send(reply)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the learner is gone

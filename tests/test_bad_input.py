@@ -21,7 +21,9 @@ import safetensors.numpy
 import yaml
 from transformers import AutoTokenizer
 
-from longrl_jax import convert, train
+from longrl_jax import convert, evaluate, train
+from longrl_jax.data import SOURCES
+from longrl_jax.stages import questions
 from rollout_bridge.video_cache import EntryWriter
 from rollout_bridge.worker import WorkerEngine
 
@@ -254,6 +256,28 @@ def test_a_data_file_without_a_record_ends_the_run(command, tmp_path, content, p
         assert len((tmp_path / "run" / "refused.jsonl").read_text().splitlines()) == 6
 
 
+def test_held_out_questions_of_one_id_are_refused_before_a_step(command, tmp_path):
+    (tmp_path / "data").mkdir()
+    good = GOOD | {"video": ""}
+    train = [line_of("a", good), line_of("a", good)]  # harmless there
+    held_out = [b"", line_of("a", good), b"[", line_of("b", good), line_of("a", good)]
+    (tmp_path / "data" / "train.jsonl").write_bytes(b"\n".join(train))
+    (tmp_path / "data" / "held.jsonl").write_bytes(b"\n".join([*held_out, line_of("b", good)]))
+    with refused(
+        "longrl_jax.train",
+        "held.jsonl:2 and held.jsonl:5 have the same id 'a'; answers to held-out",
+        "change one of the two",
+    ):
+        command("data.validation=held.jsonl")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    (tmp_path / "experiment.yaml").rename(tmp_path / "again.yaml")
+    with refused("longrl_jax.evaluate", "held.jsonl:2 and held.jsonl:5 have the same id 'a'"):
+        evaluate.main([str(tmp_path / "again.yaml"), "data.validation=held.jsonl"])
+    (tmp_path / "data" / "held.jsonl").write_bytes(b"\n".join(held_out))
+    source = SOURCES["longvideo_reason"](tmp_path / "data", "held.jsonl")
+    questions.refuse_repeated_ids(source, 3)  # those that are asked
+
+
 # Configs
 
 HEAD = "stage: sft\nmodel: {path: m}\ndata: {root: d}\n"
@@ -266,7 +290,26 @@ CONFIGS = {  # name -> (file, or overrides; what is said)
     "a negative number": (["optimizer.learning_rate=-1"], ["learning_rate=-1.0 must be positive"]),
     "a huge seed": ([f"seed={2**32}"], ["seed=4294967296 must be 0 or more, and at most"]),
     "not a number": (["algorithm.kl=.nan"], ["algorithm.kl wants a finite number, got nan"]),
-    "nan in words": (["algorithm.clip_dual=nan"], ["algorithm.clip_dual wants a finite number"]),
+    "nan in words": (["algorithm.clip_dual=nan"], ["clip_dual wants a number, got 'nan'"]),
+    "a number in quotes": (["algorithm.kl='1e-3'"], ["algorithm.kl wants a number, got '1e-3'"]),
+    "an octal number": (
+        ["run.keep=010"],
+        ["run.keep=010 would be read as 8 (base 8); write 10 or 8 for the number, '010' for the"],
+    ),
+    "minutes": (
+        HEAD + "run: {dir: a}\nstore: {max_gib: 1:30}\n",
+        ["given.yaml, line 5: store.max_gib=1:30 would be read as 90 (base 60); write 90 for"],
+    ),
+    "no for false": (["run.export=no"], ["run.export=no would be read as false; write false, or"]),
+    "on for a name": (
+        ["rewards={on: 1}"],
+        ["the key rewards.on would be read as true; write true"],
+    ),
+    "a date for a name": (["run.dir=2024-01-02"], ["would be read as a date; write '2024-01-02'"]),
+    "a number with zeros": (
+        ["seed=08"],
+        ["seed=08 would be read as a text; write 8 for the number"],
+    ),
     "infinity": (["optimizer.weight_decay=.inf"], ["weight_decay wants a finite number, got inf"]),
     "400 digits": ([f"store.max_gib={'9' * 400}"], ["store.max_gib wants a number, got 999"]),
     "a weight that is none": (["rewards={video_qa: .nan}"], ["rewards.video_qa wants a finite"]),
@@ -448,6 +491,26 @@ TOKENIZERS = {
         lambda f: [p.unlink() for p in (f / "llm").glob("*token*")],
         ["holds no tokenizer (none of tokenizer.json, tokenizer.model, vocab.json)"],
     ),
+    "a tokenizer of another kind": (
+        lambda f: (f / "llm/tokenizer.json").write_text("[]"),
+        ["holds no tokenizer that transformers knows (TypeError: ", "fetch its files again"],
+    ),
+    "a tokenizer without its words": (
+        edit("llm/tokenizer.json", model={"type": "BPE", "vocab": {}, "merges": ["a b"]}),
+        ["holds no tokenizer that transformers knows (Exception: ", "out of vocabulary"],
+    ),
+    "a tokenizer that is no text": (
+        lambda f: (f / "llm/tokenizer.json").write_bytes(b"\xff\xfe" * 99),
+        ["holds no tokenizer that transformers knows"],
+    ),
+    "a tokenizer as folder": (
+        lambda f: [(f / "llm/tokenizer.json").unlink(), (f / "llm/tokenizer.json").mkdir()],
+        ["holds no tokenizer (none of tokenizer.json,"],
+    ),
+    "a tokenizer_config cut": (
+        lambda f: (f / "llm/tokenizer_config.json").write_text('{"a": '),
+        ["holds no tokenizer that transformers knows"],
+    ),
     "a tokenizer cut": (
         lambda f: (f / "llm/tokenizer.json").write_text('{"version": "1.0", "mod'),
         ["holds no tokenizer that transformers knows"],
@@ -468,7 +531,7 @@ TOKENIZERS = {
 
 
 @pytest.mark.parametrize("name", [*CHECKPOINTS, *TOKENIZERS])
-def test_a_bad_checkpoint_is_refused_by_name(command, checkpoint, tmp_path, name):
+def test_a_bad_checkpoint_is_refused_by_name(command, checkpoint, tmp_path, monkeypatch, name):
     damage, pieces = (CHECKPOINTS | TOKENIZERS)[name]
     folder = tmp_path / "bad"
     shutil.copytree(checkpoint, folder)
@@ -478,10 +541,11 @@ def test_a_bad_checkpoint_is_refused_by_name(command, checkpoint, tmp_path, name
     with refused("longrl_jax.train", "bad", *pieces):
         command(f"model.path={folder}")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
-    if name in CHECKPOINTS:
-        with refused("convert from-hf", "bad", *pieces):
-            convert.main(["from-hf", str(folder), str(tmp_path / "out")])
-        assert not {p.name for p in tmp_path.iterdir()} & {"out", ".out.partial"}
+    written = []
+    monkeypatch.setattr(Path, "mkdir", lambda path, **_: written.append(path))
+    with refused("convert from-hf", "bad", *pieces):
+        convert.main(["from-hf", str(folder), str(tmp_path / "out")])
+    assert not written and not {p.name for p in tmp_path.iterdir()} & {"out", ".out.partial"}
 
 
 @pytest.mark.parametrize(
@@ -586,3 +650,30 @@ def test_an_engine_that_dies_is_named_and_its_steps_are_kept(command, tmp_path, 
     assert step["step"] == 1
     assert len((tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()) == 2 * 2
     assert not Path(f"/proc/{pids[0]}").exists()
+
+
+@pytest.mark.slow
+def test_an_engine_that_fails_shows_its_own_trace(command, tmp_path, monkeypatch):
+    """The worker lives and its engine refuses: the learner's trace alone would not say where."""
+    (tmp_path / "data").mkdir()
+    lines = [line_of(name, GOOD | {"video": ""}) for name in "ab"]
+    (tmp_path / "data" / "train.jsonl").write_bytes(b"\n".join(lines))
+    generate = WorkerEngine.generate
+
+    def in_the_middle_of_a_push(engine, *args, **kwargs):
+        engine._call("start_sync")
+        return generate(engine, *args, **kwargs)
+
+    monkeypatch.setattr(WorkerEngine, "generate", in_the_middle_of_a_push)
+    with pytest.raises(SystemExit) as caught:
+        command(
+            "stage=grpo", "run.num_steps=1", "rollout.process=worker", "rollout.kv_cache_gib=0.1"
+        )
+    first, second, *trace = caught.value.code.splitlines()
+    assert first.startswith("longrl_jax.train: rollout worker 0 on")
+    assert "in generate: a push to" in first and "sync" in first
+    assert second.startswith("trace of the worker (pid ")
+    assert trace[0].startswith("Traceback") and any("vllm_engine.py" in line for line in trace)
+    assert trace[-1] == f"(where: {tmp_path / 'run' / 'error.txt'})"
+    kept = (tmp_path / "run" / "error.txt").read_text()
+    assert second in kept and "vllm_engine.py" in kept and "grpo.py" in kept

@@ -1,7 +1,9 @@
 """Checkpoints: whole or absent, onto another mesh, and refused where they do not belong."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +118,32 @@ def test_one_that_is_broken_off_is_never_found_and_swept(saved, monkeypatch):
     assert [meta["step"] for _, meta in run_folder.metas(folder.parent)] == [1]
     checkpoint.sweep(folder)
     assert [p.name for p in folder.iterdir()] == ["step_00000001"]
+
+
+def test_everything_is_on_disk_when_it_returns(saved, tmp_path, monkeypatch):
+    """Every byte of every file and every name, those of the folders above it included, was synced
+    after it was written: a machine that loses power has all of the checkpoint."""
+    _, state = saved
+    synced, fsync = {}, os.fsync
+
+    def recorded(handle):
+        fsync(handle)
+        stat, path = os.fstat(handle), Path(f"/proc/self/fd/{handle}").readlink()
+        names = {p.name for p in path.iterdir()} if path.is_dir() else set()
+        synced[stat.st_ino] = names or stat.st_size
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    made = checkpoint.save(tmp_path / "new" / "run" / "checkpoints", state, step=1, about={})
+    monkeypatch.undo()
+    above = [path for path in made.parents if path.is_relative_to(tmp_path)]
+    paths = [*above, made, *made.rglob("*")]
+    assert len([path for path in paths if path.is_dir()]) > 5
+    for path in paths:
+        stat = path.stat()
+        if path.is_dir():
+            assert {p.name for p in path.iterdir()} <= synced[stat.st_ino], path
+        else:
+            assert synced[stat.st_ino] == stat.st_size, path
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ LAYER = {  # the longest prefix counts; a module that has no row fails the test
     "longrl_jax.types": 0,
     "longrl_jax.config": 0,
     "longrl_jax.strict_yaml": -1,  # below config
+    "longrl_jax.records": -1,
     "longrl_jax.platform": 1,
     "longrl_jax.sharding": 1,
     "longrl_jax.models": 2,

@@ -155,9 +155,40 @@ def test_steps_without_their_config_are_refused(begun, tree):
 
 
 def test_a_disk_that_is_too_small_is_refused_with_numbers(tmp_path):
-    run_folder.check_disk(tmp_path, {"3 checkpoints": 1})
-    with pytest.raises(ValueError, match=r"up to 1.02e\+03 GiB .*3 checkpoints 1.02e\+03 GiB"):
-        run_folder.check_disk(tmp_path, {"3 checkpoints": 2**50 // 1024, "export": 0})
+    small = run_folder.Need(what="3 checkpoints", size_bytes=1)
+    run_folder.check_disk(tmp_path, [small])
+    huge = dataclasses.replace(small, size_bytes=2**50 // 1024)
+    with pytest.raises(ValueError, match=r"up to 1.02e\+03 GiB \(3 checkpoints 1.02e\+03 GiB, exp"):
+        run_folder.check_disk(tmp_path, [huge, run_folder.Need(what="export", size_bytes=0)])
+
+
+@pytest.mark.parametrize(
+    ("there", "credited"),
+    [
+        ({}, 0),
+        ({"checkpoints/step_00000001/a": 30, "checkpoints/step_00000002/a": 30}, 60),
+        ({"checkpoints/step_00000001/a": 300}, 100),  # no more than it needs: it has to stay
+        ({"rollouts.jsonl": 7}, 7),
+        ({"rollouts.jsonl": 7, "checkpoints/.step_00000002.partial/a": 9}, 16),  # swept at once
+        ({"export/model.safetensors": 50, "metrics.jsonl": 50}, 0),  # nothing needs their room
+    ],
+)
+def test_what_a_run_has_on_disk_already_is_credited(tmp_path, monkeypatch, there, credited):
+    needs = [
+        run_folder.Need(what="2 checkpoints", size_bytes=100, name="checkpoints"),
+        run_folder.Need(what="another", size_bytes=50),
+        run_folder.Need(what="rollouts.jsonl", size_bytes=20, name="rollouts.jsonl"),
+    ]
+    for name, size in there.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * size)
+    usage = type("Usage", (), {"free": 170 - credited})
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: usage)
+    run_folder.check_disk(tmp_path, needs)
+    usage.free -= 1
+    said = "GiB\\), of which .* are there, its disk" if credited else "GiB\\), its disk"
+    with pytest.raises(ValueError, match=said):
+        run_folder.check_disk(tmp_path, needs)
 
 
 def test_a_folder_has_one_process(tmp_path):

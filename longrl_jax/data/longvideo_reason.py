@@ -77,7 +77,11 @@ class Records:
         with (self._root / self._file).open("rb") as stream:
             stream.seek(self._offsets[index])
             line = stream.readline()
-        return parse(line, root=self._root, where=f"{self._file}:{self._lines[index]}")
+        return parse(line, root=self._root, where=self.where(index))
+
+    def where(self, index: int) -> str:
+        """Returns file:line of a record, the line as an editor counts."""
+        return f"{self._file}:{self._lines[index]}"
 
     def __repr__(self) -> str:
         return f"Records({str(self._root / self._file)!r}, {len(self)} records)"

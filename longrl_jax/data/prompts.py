@@ -42,8 +42,12 @@ def load_tokenizer(folder: str | Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder} holds no tokenizer that transformers knows: {error}") from None
+    except Exception as error:  # damaged files raise nearly anything, tokenizers' Rust a bare one
+        why = " ".join(str(error).split())
+        raise ValueError(
+            f"{folder} holds no tokenizer that transformers knows ({type(error).__name__}: {why}); "
+            "fetch its files again"
+        ) from None
     if not tokenizer.chat_template:
         raise ValueError(f"the tokenizer of {folder} has no chat template; put one beside it")
     return tokenizer

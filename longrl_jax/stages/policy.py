@@ -57,7 +57,7 @@ def open_policy(cfg: Config, *, trains: bool = True) -> tuple[Policy, step.Train
     check_heads(backbone.text_config(backbone.read_config(folder)), cfg)
     model_cfg, model = models.load(folder, mesh=mesh)
     text = backbone.text_config(model_cfg)
-    tokenizer, stop_tokens = _open_tokenizer(models.llm_folder(folder), text.vocab_size)
+    tokenizer, stop_tokens = open_tokenizer(models.llm_folder(folder), text.vocab_size)
     optimizer = make_optimizer(cfg.optimizer, cfg.run.num_steps) if trains else optax.identity()
     graphdef, state = step.init_state(model, cfg.model.frozen, optimizer, mesh)
     policy = Policy(
@@ -94,7 +94,7 @@ def check_heads(text: Any, cfg: Config) -> None:
         )
 
 
-def _open_tokenizer(folder: Path, vocab_size: int) -> tuple[Any, tuple[int, ...]]:
+def open_tokenizer(folder: Path, vocab_size: int) -> tuple[Any, tuple[int, ...]]:
     """Returns the tokenizer and the tokens that end an answer; refuses one that does not fit."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(  # transformers would make an empty one

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from longrl_jax import encode
 from longrl_jax.config import Config, pick
 from longrl_jax.data import SOURCES, loader, prompts
+from longrl_jax.data.longvideo_reason import RecordError
 from longrl_jax.data.refused import RefusedLog
 from longrl_jax.data.video import DecoderPool
 from longrl_jax.metrics import Phases
@@ -54,13 +55,15 @@ def training(
 def validation(cfg: Config, policy: Policy, refused: RefusedLog) -> list[Prompt]:
     """Returns the first run.eval_examples prompts of data.validation; none without such a file.
 
-    Raises ValueError if not one of them can be asked.
+    Raises ValueError if not one of them can be asked, and if two have the same id.
     """
     if not cfg.data.validation:
         return []
     source = pick(SOURCES, cfg.data.source, "data.source")(Path(cfg.data.root), cfg.data.validation)
+    count = min(cfg.run.eval_examples, len(source))
+    refuse_repeated_ids(source, count)
     indices = tqdm(
-        range(min(cfg.run.eval_examples, len(source))),
+        range(count),
         desc="held-out records",
         unit="record",
         leave=False,
@@ -75,6 +78,24 @@ def validation(cfg: Config, policy: Policy, refused: RefusedLog) -> list[Prompt]
             f"are in {refused.path}"
         )
     return kept
+
+
+def refuse_repeated_ids(source: Any, count: int) -> None:
+    """Raises ValueError if two of the first `count` records have one id: answers are found by it.
+
+    source: one of longrl_jax.data.SOURCES. Records that cannot be read are left to who asks them.
+    """
+    first: dict[str, int] = {}
+    for index in range(count):
+        try:
+            name = source[index].id
+        except RecordError:
+            continue
+        if first.setdefault(name, index) != index:
+            raise ValueError(
+                f"{source.where(first[name])} and {source.where(index)} have the same id {name!r}; "
+                "answers to held-out questions are found by their ids: change one of the two"
+            )
 
 
 def prompt_encoder(

@@ -124,7 +124,7 @@ def open_saver(
     """
     folder = Path(cfg.run.dir)
     point = run_folder.find(folder, dataclasses.asdict(cfg))
-    run_folder.check_disk(folder, needed_bytes(cfg, state))
+    run_folder.check_disk(folder, needs(cfg, state))
     start = {
         "frozen": rollout_bridge.weights_digest(models.arrays_of(state.frozen)),
         "trained": rollout_bridge.weights_digest(models.arrays_of(state.params)),
@@ -162,15 +162,22 @@ def _written_start(
     return found
 
 
-def needed_bytes(cfg: Config, state: step.TrainState) -> dict[str, int]:
+def needs(cfg: Config, state: step.TrainState) -> list[run_folder.Need]:
     """Returns the most that a run will have on disk at a time, by part; videos' store excluded."""
-    saved = cfg.run.keep + 1 + bool(cfg.run.best_metric)  # one more while the newest is written
-    needed = {f"{saved} checkpoints": saved * checkpoint.num_bytes(state)}
+    Need = run_folder.Need
+    one, kept = checkpoint.num_bytes(state), cfg.run.keep + bool(cfg.run.best_metric)
+    found = [
+        Need(what=f"{kept} checkpoints", size_bytes=kept * one, name=run_folder.CHECKPOINTS),
+        Need(what="another while it is written", size_bytes=one),
+    ]
     if cfg.run.export:
-        needed["export"] = sum(x.nbytes for x in jax.tree.leaves(step.all_params(state)))
+        size = sum(x.nbytes for x in jax.tree.leaves(step.all_params(state)))
+        found.append(Need(what="export", size_bytes=size, name="export"))
     if cfg.stage == "grpo":
         steps = min(cfg.run.checkpoint_every or cfg.run.num_steps, cfg.run.num_steps)
         tokens = cfg.batch.groups * cfg.rollout.num_samples * cfg.rollout.max_tokens
-        needed["journal"] = cfg.run.keep * steps * tokens * JOURNAL_TOKEN_BYTES
-        needed["rollouts.jsonl"] = cfg.run.num_steps * tokens * TEXT_TOKEN_BYTES
-    return needed
+        journaled = cfg.run.keep * steps * tokens * JOURNAL_TOKEN_BYTES
+        sampled = cfg.run.num_steps * tokens * TEXT_TOKEN_BYTES
+        found.append(Need(what="journal", size_bytes=journaled, name=run_folder.JOURNAL))
+        found.append(Need(what="rollouts.jsonl", size_bytes=sampled, name="rollouts.jsonl"))
+    return found

@@ -6,6 +6,7 @@ What it computes is tested in test_vllm_engine.py and test_weight_sync.py, on ev
 import contextlib
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -239,6 +240,29 @@ def test_a_request_error_leaves_the_worker_running(make_engine):
         greedy(engine, [np.zeros(600, np.int32)])
     assert greedy(engine, [fresh_prompt(8)])
     assert engine.pid == pid
+
+
+def test_an_error_of_the_worker_brings_its_trace(make_engine, checkpoints):
+    """Begun behind the learner's back, a push makes the worker itself refuse to generate."""
+    engine = make_engine("worker", "tied", 0)
+    engine._call("start_sync")
+    with pytest.raises(
+        rollout_bridge.EngineError, match="in generate: a push to .*broke"
+    ) as caught:
+        sample(engine, [fresh_prompt(3)])
+    (note,) = caught.value.__notes__
+    assert note.startswith(f"trace of the worker (pid {engine.pid}):\nTraceback (most recent")
+    line = (
+        r'File ".*/rollout_bridge/vllm_engine\.py", line \d+, in generate\n\s+raise EngineError\('
+    )
+    assert re.search(line, note)
+    assert note.splitlines()[-1].startswith("rollout_bridge.engines.EngineError: a push to ")
+    engine.sync(named_weights(checkpoints["tied", 0]), version=0)
+    with pytest.raises(ValueError, match="in generate: 0 prompts but 1 seeds") as refused:
+        settings = {"num_samples": 1, "temperature": 1.0, "max_tokens": 1, "seeds": [0]}
+        engine._call("generate", engine._shared.path, engine._shared.write([]), settings)
+    assert "check_request(" in refused.value.__notes__[0]
+    assert sample(engine, [fresh_prompt(3)])
 
 
 def test_replicas_get_gpus_of_their_own(monkeypatch):
