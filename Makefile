@@ -1,6 +1,6 @@
 # make demo   the whole thing on a laptop CPU: synthetic videos, SFT, GRPO with vLLM, evaluation
 # make test   the tests that fit in a few minutes;  make test-all: every test
-# make start  makes a checkpoint like the demo's start, runs/start/tiny_vila_start, from nothing: 25 minutes
+# make start  makes a checkpoint like the demo's start, runs/start/tiny_vila_start, from nothing: 35 minutes
 # make lint   format, lint and type check
 # Each creates .venv and installs what is missing; a second call installs nothing.
 
@@ -27,7 +27,7 @@ demo: $(STAMP)
 
 start: $(STAMP)
 	[ -e data/start/train.jsonl ] || \
-		$(PYTHON_M).data.synthetic data/start --clips 1500 --validation 8 --lessons 24000 --seed 1
+		$(PYTHON_M).data.synthetic data/start --clips 1500 --validation 8 --lessons 24000 --careful --seed 1
 	[ -e runs/start/init ] || $(PYTHON_M).convert init configs/models/tiny_vila.json runs/start/init \
 		--corpus data/start/corpus.txt --time-tokens 64 --looking-back 5
 	for stage in options told perception alignment reasoning; do \

@@ -1,9 +1,10 @@
 """The stories of the synthetic world, what can be asked about them, and lessons that lead there.
 
 The world: four coloured pads in the corners; three to five visitors, no two of one colour, cross
-one after another; then a white walker heads for one of the pads. Four kinds of questions are
-LongVideo-Reason's, with options A to D; two are answered in a word or a number. Options are written
-"text = letter", the letter one step after what it is looked up by.
+one after another, each of some shape, which nobody asks for; then a white walker heads for one of
+the pads. Four kinds of questions are LongVideo-Reason's, with options A to D; two are answered in a
+word or a number. Options are written "text = letter", the letter one step after what it is looked
+up by.
 """
 
 import dataclasses
@@ -38,8 +39,12 @@ WALKER_FRAMES = 10
 """The last frames, in which the walker walks."""
 SECONDS_BETWEEN = 2
 """Times are told as the even seconds: those that num_frames=32 samples."""
+SECOND_WORDS = {"temporal": SHAPES, "goal": ("pad",)}
+"""What options of a kind end with in the lesson of options."""
 TIME_TOKEN = "<{t:.0f}s>"
 """How a time is told; the same as data.timestamp, so that a time can be looked up."""
+GUESS = "guess"
+"""How a reasoning begins that looks at nothing."""
 LOOKS = 8
 """Times that a lesson of looking asks for."""
 MIDDLE = (0.3, 0.7)
@@ -56,10 +61,6 @@ class Visitor:
     """Where it comes from; it leaves at the opposite side."""
     enter: int
     leave: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.color} {self.shape}"
 
     def along(self, t: int) -> float:
         """Returns which part of the field it has crossed at frame t; it comes half hidden."""
@@ -92,7 +93,7 @@ def make_story(rng: np.random.Generator) -> Story:
     num_visitors = int(rng.integers(3, 6))
     walker_enter = NUM_FRAMES - WALKER_FRAMES
     every = walker_enter // num_visitors
-    enters = [0, *(k * every + int(rng.integers(-2, 3)) for k in range(1, num_visitors))]
+    enters = [0, *(k * every + int(rng.integers(-1, 2)) for k in range(1, num_visitors))]
     leaves = [*(enter - 1 for enter in enters[1:]), walker_enter - 1]  # an empty frame between
     colors = rng.permutation(list(COLORS))[:num_visitors]
     visitors = [
@@ -114,8 +115,8 @@ def make_story(rng: np.random.Generator) -> Story:
 
 
 def narration(story: Story) -> str:
-    """Returns all that happens, each with its time in seconds, in the words that questions use."""
-    lines = [f"{told_time(v.enter)} {v.name} from {v.side}." for v in story.visitors]
+    """Returns all that happens, each with its time, in the words that questions use."""
+    lines = [f"{told_time(v.enter)} {v.color} from {v.side}." for v in story.visitors]
     corner = CORNERS[story.goal]
     walk = f"{told_time(story.walker_enter)} white walker to {corner} {story.goal_color} pad."
     return "".join([*lines, walk])
@@ -126,17 +127,31 @@ def told_time(frame: int) -> str:
     return TIME_TOKEN.format(t=-(-frame // (SECONDS_BETWEEN * FPS)) * SECONDS_BETWEEN)
 
 
-def ask(story: Story, kind: str, rng: np.random.Generator, *, letter: str, id: str) -> Example:
+def ask(
+    story: Story,
+    kind: str,
+    rng: np.random.Generator,
+    *,
+    letter: str,
+    id: str,
+    hasty: bool = False,
+) -> Example:
     """Returns a question of a kind.
 
     Of options, the right one gets `letter` and the others are shuffled; kinds without options leave
-    `letter` alone. The reasoning tells the story, then says what follows from it.
+    `letter` alone. The reasoning names the moments to look at and what they show, no more: every
+    further word that can go wrong makes it harder to learn from rewards which one did. A hasty one
+    looks at nothing and says GUESS instead.
     """
-    question, clause, right, wrong = ASKERS[kind](story, rng)
-    told = f"{narration(story)} {clause} {right}"
+    question, seen, right, wrong = ASKERS[kind](story, rng)
+    reasoning = f"{GUESS if hasty else seen} {right}"
     if not wrong:
         return Example(
-            id=f"{id}-{kind}", question=f"{question} ?", answer=right, kind=kind, reasoning=told
+            id=f"{id}-{kind}",
+            question=f"{question} ?",
+            answer=right,
+            kind=kind,
+            reasoning=reasoning,
         )
     options = [str(option) for option in rng.permutation(wrong)]
     options.insert(LETTERS.index(letter), right)
@@ -145,7 +160,7 @@ def ask(story: Story, kind: str, rng: np.random.Generator, *, letter: str, id: s
         question=f"{question} ? {_listed(options)}",
         answer=letter,
         kind=kind,
-        reasoning=f"{told} = {letter}",
+        reasoning=f"{reasoning} = {letter}",
     )
 
 
@@ -153,11 +168,15 @@ def lesson_options(rng: np.random.Generator, *, id: str) -> Example:
     """Text only: says all options of a question in a random order, each with its letter.
 
     This is the look-up from an option's text to its letter. It does not form while it is one token
-    among fifty of a reasoning; alone it does.
+    among fifty of a reasoning; alone it does, if most options have two words (hence SECOND_WORDS),
+    and then serves those of one word too.
     """
-    story = make_story(rng)
-    question, _, right, wrong = ASKERS[str(rng.choice(CHOICE_KINDS))](story, rng)
-    options = [str(option) for option in rng.permutation([right, *wrong])]
+    story, kind = make_story(rng), str(rng.choice(CHOICE_KINDS))
+    question, _, right, wrong = ASKERS[kind](story, rng)
+    second = SECOND_WORDS.get(kind, ("",))
+    options = [
+        f"{option} {rng.choice(second)}".strip() for option in rng.permutation([right, *wrong])
+    ]
     order = rng.permutation(len(options))
     said = [f"{options[i]} = {LETTERS[i]}" for i in order]
     return Example(
@@ -214,7 +233,7 @@ def shown(story: Story, frame: int) -> str:
         return "nobody"
     along = visitor.along(frame)
     side = visitor.side if along < MIDDLE[0] else OPPOSITE[visitor.side]
-    return f"{visitor.name} {'middle' if MIDDLE[0] <= along <= MIDDLE[1] else side}"
+    return f"{visitor.color} {'middle' if MIDDLE[0] <= along <= MIDDLE[1] else side}"
 
 
 def _pads(story: Story) -> str:
@@ -225,8 +244,13 @@ def _listed(options: Sequence[str]) -> str:
     return " ".join(f"{option} = {name}" for option, name in zip(options, LETTERS, strict=True))
 
 
+def _arrivals(story: Story) -> str:
+    """Returns who comes, each with the time to look at."""
+    return "".join(f"{told_time(v.enter)} {v.color}" for v in story.visitors)
+
+
 Asked = tuple[str, str, str, list[str]]
-"""Question, first words of the conclusion, right answer, three wrong options (none: no options)."""
+"""Question, reasoning up to the answer, right answer, three wrong options (none: no options)."""
 
 
 def _ask_temporal(story: Story, rng: np.random.Generator) -> Asked:
@@ -236,18 +260,17 @@ def _ask_temporal(story: Story, rng: np.random.Generator) -> Asked:
     known, right, word = story.visitors[i], story.visitors[i + 1], "after"
     if rng.integers(2):
         known, right, word = right, known, "before"
-    wrong = [v.name for v in story.visitors if v not in (known, right)]
+    wrong = [v.color for v in story.visitors if v not in (known, right)]
     absent = [color for color in COLORS if color not in {v.color for v in story.visitors}]
-    strangers = [f"{color} {rng.choice(SHAPES)}" for color in rng.permutation(absent)]
-    wrong = (wrong + strangers)[:3]
-    question = f"which visitor came right {word} the {known.name}"
-    return question, f"right {word} {known.name} is", right.name, wrong
+    wrong = (wrong + [str(color) for color in rng.permutation(absent)])[:3]
+    question = f"which visitor came right {word} the {known.color}"
+    return question, f"{_arrivals(story)}. right {word} {known.color} is", right.color, wrong
 
 
 def _ask_goal(story: Story, rng: np.random.Generator) -> Asked:
-    wrong = [f"{color} pad" for color in story.pads if color != story.goal_color]
-    right = f"{story.goal_color} pad"
-    return "what is the white walker trying to reach", "walker wants", right, wrong
+    wrong = [color for color in story.pads if color != story.goal_color]
+    seen = f"{told_time(story.walker_enter)} white walker to {CORNERS[story.goal]}"
+    return "which pad is the white walker trying to reach", seen, story.goal_color, wrong
 
 
 def _ask_plot(story: Story, rng: np.random.Generator) -> Asked:
@@ -256,14 +279,14 @@ def _ask_plot(story: Story, rng: np.random.Generator) -> Asked:
     chosen = rng.permutation(len(others))[:3]
     wrong = [" ".join(first[i] for i in others[k]) for k in chosen]
     question = "in which order do the first three visitors come"
-    return question, "order is", " ".join(first), wrong
+    return question, f"{_arrivals(story)}. order is", " ".join(first), wrong
 
 
 def _ask_spatial(story: Story, rng: np.random.Generator) -> Asked:
     visitor = story.visitors[int(rng.integers(len(story.visitors)))]
     wrong = [side for side in SIDES if side != visitor.side]
-    question = f"from which side does the {visitor.name} come"
-    return question, f"{visitor.name} from", visitor.side, wrong
+    question = f"from which side does the {visitor.color} come"
+    return question, f"{told_time(visitor.enter)} {visitor.color} from", visitor.side, wrong
 
 
 def _ask_needle(story: Story, rng: np.random.Generator) -> Asked:
@@ -271,11 +294,12 @@ def _ask_needle(story: Story, rng: np.random.Generator) -> Asked:
     visitor = story.visitors[int(rng.integers(len(story.visitors)))]
     seconds = [t for t in range(visitor.enter, visitor.leave) if t % (SECONDS_BETWEEN * FPS) == 0]
     time = told_time(int(rng.choice(seconds)))
-    return f"what colour is the visitor at {time}", f"at {time} is", visitor.color, []
+    return f"what colour is the visitor at {time}", time, visitor.color, []
 
 
 def _ask_counting(story: Story, rng: np.random.Generator) -> Asked:
-    return "how many visitors come", "visitors are", str(len(story.visitors)), []
+    seen = f"{_arrivals(story)}. visitors are"
+    return "how many visitors come", seen, str(len(story.visitors)), []
 
 
 ASKERS = {

@@ -21,8 +21,10 @@ from tqdm import tqdm
 
 from longrl_jax.data import prompts
 from longrl_jax.data.stories import (
+    CHOICE_KINDS,
     COLORS,
     FPS,
+    FREE_KINDS,
     KINDS,
     LETTERS,
     NUM_FRAMES,
@@ -41,13 +43,17 @@ SPLITS = ("train", "validation")
 LESSONS = ("options", "told", "naming", "looking", "grounding")
 """Files of lessons beside train.jsonl; grounding.jsonl mixes looking, told and train."""
 LOOKING_PER_CLIP = 4
+HASTY = dict.fromkeys(CHOICE_KINDS, 0.4) | dict.fromkeys(FREE_KINDS, 0.7)
+"""Share of a kind's training questions whose written reasoning guesses, as people's and models' do.
+Fine-tuning imitates both ways, the more frequent one when it is greedy; rewards tell which is right
+more often."""
 
 SIZE = 64
 """Pixels along a side of every film."""
 WALKER_COLOR = (250, 250, 250)
 PAD_SIZE = SIZE // 8
-VISITOR_RADIUS, WALKER_RADIUS = 0.13 * SIZE, 0.08 * SIZE
-MAX_OFFSET = 0.15 * SIZE
+VISITOR_RADIUS, WALKER_RADIUS = 0.15 * SIZE, 0.08 * SIZE
+MAX_OFFSET = 0.08 * SIZE
 """How far from the middle line a visitor may cross, so that it stays clear of the pads."""
 WALKER_REACH = 0.7
 """Share of its way to the pad that the walker has gone in the last frame."""
@@ -65,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             clips=args.clips,
             validation=args.validation,
             lessons=args.lessons,
+            careful=args.careful,
             seed=args.seed,
         )
     except ValueError as error:
@@ -76,13 +83,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def write_dataset(
-    folder: Path, *, clips: int, validation: int, lessons: int = 0, seed: int = 0
+    folder: Path,
+    *,
+    clips: int,
+    validation: int,
+    lessons: int = 0,
+    careful: bool = False,
+    seed: int = 0,
 ) -> None:
     """Writes videos/NNNNN.mp4, train.jsonl, validation.jsonl (other films) and corpus.txt.
 
-    lessons: also writes so many text lessons each as options.jsonl and told.jsonl, and for each
-    training film one as naming.jsonl and LOOKING_PER_CLIP as looking.jsonl; grounding.jsonl mixes
-    looking with some of told and train. train.jsonl comes last: where it exists, all else is whole.
+    careful: no reasoning of train.jsonl guesses. lessons: also writes so many text lessons each as
+    options.jsonl and told.jsonl, and for each training film one as naming.jsonl and
+    LOOKING_PER_CLIP as looking.jsonl; grounding.jsonl mixes looking with some of told and train.
+    train.jsonl comes last: where it exists, all else is whole.
     The held-out films do not depend on the number of training films, nor the other way round.
     """
     if clips < 1 or validation < 0 or lessons < 0 or clips + validation > MAX_CLIPS:
@@ -99,7 +113,7 @@ def write_dataset(
     jobs = [("train", i, i) for i in range(clips)]
     jobs += [("validation", i, clips + i) for i in range(validation)]
     for split, index, number in tqdm(jobs, desc="films", unit="film", dynamic_ncols=True):
-        story, frames_FHW3, asked = make_clip(seed, split, index)
+        story, frames_FHW3, asked = make_clip(seed, split, index, careful=careful)
         path = f"videos/{number:05d}.mp4"
         write_video(folder / path, frames_FHW3)
         records[split] += [dataclasses.replace(example, video=path) for example in asked]
@@ -134,7 +148,9 @@ def make_text_lessons(seed: int, number: int) -> dict[str, list[Example]]:
     }
 
 
-def make_clip(seed: int, split: str, index: int) -> tuple[Story, np.ndarray, list[Example]]:
+def make_clip(
+    seed: int, split: str, index: int, *, careful: bool = False
+) -> tuple[Story, np.ndarray, list[Example]]:
     """Returns story, frames uint8 [F, SIZE, SIZE, 3] and one question of each kind.
 
     Depends on its arguments alone. Each question with options has another letter as its answer, and
@@ -143,8 +159,16 @@ def make_clip(seed: int, split: str, index: int) -> tuple[Story, np.ndarray, lis
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     story = make_story(rng)
     frames_FHW3 = draw(story, rng)
+    luck = np.random.default_rng([seed, SPLITS.index(split), index, 1]).random(len(KINDS))
     asked = [
-        ask(story, kind, rng, letter=LETTERS[(index + k) % len(LETTERS)], id=f"{split}-{index}")
+        ask(
+            story,
+            kind,
+            rng,
+            letter=LETTERS[(index + k) % len(LETTERS)],
+            id=f"{split}-{index}",
+            hasty=not careful and luck[k] < HASTY[kind],
+        )
         for k, kind in enumerate(KINDS)
     ]
     return story, frames_FHW3, asked
@@ -272,6 +296,12 @@ def _parser() -> argparse.ArgumentParser:
         help="also write lessons for a model that knows nothing: this many each as options.jsonl "
         "and told.jsonl (text only), and some for each film as naming.jsonl and looking.jsonl "
         "(default 0: none)",
+    )
+    parser.add_argument(
+        "--careful",
+        action="store_true",
+        help="every training question's reasoning looks at the film (default: it guesses in 40 %% "
+        "of those with options and in 70 %% of the others, for GRPO to find out)",
     )
     parser.add_argument(
         "--seed",
