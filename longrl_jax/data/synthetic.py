@@ -43,7 +43,7 @@ SPLITS = ("train", "validation")
 LESSONS = ("options", "told", "naming", "looking", "grounding")
 """Files of lessons beside train.jsonl; grounding.jsonl mixes looking, told and train."""
 LOOKING_PER_CLIP = 4
-HASTY = dict.fromkeys(CHOICE_KINDS, 0.4) | dict.fromkeys(FREE_KINDS, 0.7)
+HASTY = dict.fromkeys(CHOICE_KINDS, 0.3) | dict.fromkeys(FREE_KINDS, 0.7)
 """Share of a kind's training questions whose written reasoning guesses, as people's and models' do.
 Fine-tuning imitates both ways, the more frequent one when it is greedy; rewards tell which is right
 more often."""
@@ -300,7 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--careful",
         action="store_true",
-        help="every training question's reasoning looks at the film (default: it guesses in 40 %% "
+        help="every training question's reasoning looks at the film (default: it guesses in 30 %% "
         "of those with options and in 70 %% of the others, for GRPO to find out)",
     )
     parser.add_argument(
