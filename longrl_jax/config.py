@@ -137,7 +137,7 @@ class MeshConfig:
     fsdp: int = 1
     """Devices that share parameters, optimizer state and rows."""
     seq: int = 1
-    """Devices that share one long sequence (ring attention) and one video's frames."""
+    """Devices that share one long sequence (attention.kind says how) and one video's frames."""
     tensor: int = 1
     """Devices that share heads and MLP width."""
     simulated: bool = False
@@ -155,6 +155,32 @@ class MeshConfig:
     @property
     def num_devices(self) -> int:
         return self.data * self.fsdp * self.seq * self.tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """How the devices of mesh.seq attend over the rows that they share; the numbers are equal."""
+
+    kind: str = "ring"
+    """ring: keys and values go round the devices. ulysses: a device takes all tokens for some of
+    the heads, whose number mesh.seq must divide. 2d: neighbours share heads, their groups make a
+    ring."""
+    ulysses: int = 0
+    """Neighbours that share heads with kind=2d, a divisor of mesh.seq; 0: the most that divide the
+    heads."""
+    kernel: str = "xla"
+    """xla, or pallas: a Triton kernel for GPUs. A CPU can only interpret it, which is slow."""
+
+    def __post_init__(self):
+        _one_of("attention.kind", self.kind, ("ring", "ulysses", "2d"))
+        _one_of("attention.kernel", self.kernel, ("xla", "pallas"))
+        if self.ulysses < 0:
+            raise ValueError(f"attention.ulysses={self.ulysses} must be 0 or more")
+        if self.ulysses and self.kind != "2d":
+            raise ValueError(
+                f"attention.ulysses={self.ulysses} is for attention.kind=2d, the kind is "
+                f"{self.kind}; change one"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -356,6 +382,7 @@ class Config:
     data: DataConfig
     run: RunConfig
     mesh: MeshConfig = MeshConfig()
+    attention: AttentionConfig = AttentionConfig()
     batch: BatchConfig = BatchConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: dict[str, float] = dataclasses.field(default_factory=lambda: {"video_qa": 1.0})
@@ -393,6 +420,11 @@ class Config:
             raise ValueError("rewards is empty; name at least one, e.g. rewards: {video_qa: 1.0}")
         if not any(self.rewards.values()):
             raise ValueError(f"rewards={self.rewards}: every weight is 0; give one another weight")
+        if self.attention.ulysses and self.mesh.seq % self.attention.ulysses:
+            raise ValueError(
+                f"attention.ulysses={self.attention.ulysses} does not divide mesh.seq="
+                f"{self.mesh.seq}; choose a divisor, or 0"
+            )
         rows = self.mesh.data * self.mesh.fsdp
         if self.batch.rows_per_pass % rows:
             raise ValueError(

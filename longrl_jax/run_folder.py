@@ -22,6 +22,7 @@ META = "meta.json"
 FORMAT = 1
 FREE = (
     "mesh.",
+    "attention.",
     "store.",
     "batch.rows_per_pass",
     "model.remat",

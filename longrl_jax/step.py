@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from longrl_jax.losses import masked_mean
-from longrl_jax.sharding import constrain, num_parts
+from longrl_jax.sharding import attend, constrain, num_parts
 from longrl_jax.types import Batch, Stats
 
 NEG_INF = -1e30  # logit of a banned token; finite, so that p * logit is 0 and not nan
@@ -151,11 +151,12 @@ def make_token_logps(
     compute_dtype: DTypeLike = jnp.float32,
     stage: str = "packed",
     head_chunk: int = HEAD_CHUNK,
+    attention: Callable[..., Array] = attend,
 ) -> TokenLogps:
     """Returns token_logps(params, batch) -> (log p of the targets, entropy), both [B, A].
 
     Of the engine's distribution: logits over temperature, banned tokens left out. Pure, to be
-    jitted. remat, compute_dtype and stage are the model's (models/vila.py).
+    jitted. remat, compute_dtype, stage and attention are the model's (models/vila.py).
     """
 
     def token_logps(params: nnx.State, batch: Batch) -> tuple[Array, Array]:
@@ -171,6 +172,7 @@ def make_token_logps(
             batch.segment,
             remat=remat,
             compute_dtype=compute_dtype,
+            attention=attention,
         )
         B, T, D = h_BTD.shape
         a = batch.targets.shape[1] // batch.num_shards

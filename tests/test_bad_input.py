@@ -557,11 +557,15 @@ def test_a_bad_checkpoint_is_refused_by_name(command, checkpoint, tmp_path, monk
         ),
         ("mesh={seq: 3, simulated: true}", ["seq=3", "needs 3 devices, but there are 8"]),
         (
+            "attention.kind=ulysses",
+            ["kind 'ulysses' cannot share", "the 8 devices of mesh axis seq; these can: 'ring'"],
+        ),
+        (
             "rollout={tensor_parallel: 5, process: worker}",
             ["rollout.tensor_parallel=5 does not divide the", "heads of model.path="],
         ),
     ],
-    ids=["mesh", "devices", "engine"],
+    ids=["mesh", "devices", "attention", "engine"],
 )
 def test_a_mesh_that_does_not_fit_is_refused_before_a_step(command, tmp_path, override, pieces):
     with refused("longrl_jax.train", *pieces):

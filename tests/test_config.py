@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from longrl_jax import config
+from longrl_jax.sharding import KERNELS, KINDS
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 SMALL = """
@@ -43,6 +44,14 @@ def test_the_resolved_config_is_a_config(path, tmp_path):
         ("mesh.seq=0", "mesh.seq=0 must be positive"),
         ("mesh.seq=true", "mesh.seq wants int, got True"),
         ("mesh=8", "mesh must be a mapping, got 8"),
+        ("attention.kind=rings", "attention.kind='rings' is unknown; choose one of 2d, ring, ulys"),
+        (
+            "attention.kernel=cudnn",
+            "attention.kernel='cudnn' is unknown; choose one of pallas, xla",
+        ),
+        ("attention.ulysses=-1", "attention.ulysses=-1 must be 0 or more"),
+        ("attention.ulysses=2", "attention.ulysses=2 is for attention.kind=2d, the kind is ring"),
+        ("attention={kind: 2d, ulysses: 3}", "attention.ulysses=3 does not divide mesh.seq=1"),
         ("stage=ppo", "stage='ppo' is unknown; choose one of grpo, perception, sft"),
         ("rollout.num_samples=1", "at least 2"),
         ("model.frozen=[]", "lacks 'vision'"),
@@ -74,6 +83,14 @@ def test_the_resolved_config_is_a_config(path, tmp_path):
 def test_bad_values_are_refused_by_name(path, override, message):
     with pytest.raises(ValueError, match=message):
         config.load(path, [override])
+
+
+def test_attention_names_are_those_of_the_library(path):
+    """config.py cannot import them: it needs no JAX."""
+    for kind in KINDS:
+        assert config.load(path, [f"attention.kind={kind}"]).attention.kind == kind
+    for kernel in KERNELS:
+        assert config.load(path, [f"attention.kernel={kernel}"]).attention.kernel == kernel
 
 
 def test_a_missing_key_is_named(path):

@@ -15,7 +15,7 @@ from longrl_jax.config import OptimizerConfig
 from longrl_jax.losses import LOSSES, low_variance_kl
 from longrl_jax.models import projector, qwen2, siglip, vila, weights
 from longrl_jax.optimizer import make_optimizer
-from longrl_jax.sharding import make_mesh
+from longrl_jax.sharding import attend, make_mesh
 
 LOGP_ATOL = 1e-5  # float32, logits of order 10
 CHUNK_RTOL = 1e-5  # the same products, added up in other parts
@@ -167,11 +167,11 @@ def adam() -> OptimizerConfig:
     return OptimizerConfig(learning_rate=1e-2, max_grad_norm=1e9, beta1=0.9)
 
 
-def make_trainer(mesh=None, *, frozen=("vision",), kl=0.0):
+def make_trainer(mesh=None, *, frozen=("vision",), kl=0.0, attention=attend):
     optimizer = make_optimizer(adam(), 10)
     graphdef, state = step.init_state(make_model(mesh), frozen, optimizer, mesh)
     token_logps = step.make_token_logps(
-        graphdef, temperature=0.7, banned_tokens=BANNED, head_chunk=8
+        graphdef, temperature=0.7, banned_tokens=BANNED, head_chunk=8, attention=attention
     )
     train_step = step.make_train_step(
         token_logps,
@@ -320,20 +320,25 @@ def test_passes_change_neither_loss_nor_gradient(whole, rows_per_pass):
 
 
 @pytest.mark.parametrize(
-    "shape",
+    ("shape", "options"),
     [
-        {"data": 2, "fsdp": 2, "seq": 2},
-        pytest.param({"fsdp": 2, "seq": 2, "tensor": 2}, marks=pytest.mark.slow),
-        pytest.param({"seq": 8}, marks=pytest.mark.slow),
-        pytest.param({"data": 8}, marks=pytest.mark.slow),
-        pytest.param({"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
+        ({"data": 2, "fsdp": 2, "seq": 2}, {}),
+        pytest.param({"fsdp": 2, "seq": 2, "tensor": 2}, {}, marks=pytest.mark.slow),
+        pytest.param({"seq": 8}, {}, marks=pytest.mark.slow),
+        pytest.param({"data": 8}, {}, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 4, "tensor": 2}, {}, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 2, "seq": 4}, {"kind": "ulysses"}, marks=pytest.mark.slow),
+        pytest.param({"seq": 8}, {"kind": "2d", "ulysses": 2}, marks=pytest.mark.slow),
+        pytest.param({"seq": 4, "tensor": 2}, {"kind": "2d"}, marks=pytest.mark.slow),
+        pytest.param({"data": 2, "seq": 4}, {"kernel": "pallas"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_a_mesh_does_not_change_the_update(whole, shape):
+def test_a_mesh_does_not_change_the_update(whole, shape, options):
+    """Nor does the way in which its devices share a row."""
     assert jax.device_count() == 8
     mesh = make_mesh(**shape)
-    state, _, train_step = make_trainer(mesh)
+    state, _, train_step = make_trainer(mesh, attention=functools.partial(attend, **options))
     placed = {p: x.sharding for p, x in weights.by_path(state.params).items()}
     assert any(not s.is_fully_replicated for s in placed.values()) or shape == {"data": 8}
     rows = mesh.shape["data"] * mesh.shape["fsdp"]

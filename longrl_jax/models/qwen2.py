@@ -5,7 +5,7 @@ Source: arXiv:2407.10671; transformers models/qwen2/modeling_qwen2.py (layout an
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ class Model(nnx.Module):
         *,
         remat: str = "nothing",
         compute_dtype: DTypeLike = jnp.float32,
-        attention: str = "ring",
+        attention: Callable[..., Array] = attend,
     ) -> Float[Array, "B T D"]:
         """See Decoder.hidden."""
         return self.text.hidden(
@@ -181,12 +181,12 @@ class Decoder(nnx.Module):
         *,
         remat: str = "nothing",
         compute_dtype: DTypeLike = jnp.float32,
-        attention: str = "ring",
+        attention: Callable[..., Array] = attend,
     ) -> Float[Array, "B T D"]:
         """Returns the states after the final norm.
 
         rope_pos only rotates; who sees whom is said by order, branch and segment (types.Batch).
-        remat is a name in layers.REMAT, attention one that sharding.attend knows.
+        remat is a name in layers.REMAT; attention is sharding.attend, with its options set.
         """
 
         def apply(layer: Layer, x_BTD: Array) -> Array:
@@ -219,7 +219,7 @@ class Layer(nnx.Module):
         branch: Int[Array, "B T"],
         segment: Int[Array, "B T"],
         *,
-        attention: str = "ring",
+        attention: Callable[..., Array] = attend,
     ) -> Float[Array, "B T D"]:
         y = self.attn(self.norm1(x), rope_pos, order, branch, segment, attention=attention)
         x = constrain(x + y, "batch", "tokens", None)
@@ -246,14 +246,14 @@ class Attention(nnx.Module):
         branch: Int[Array, "B T"],
         segment: Int[Array, "B T"],
         *,
-        attention: str = "ring",
+        attention: Callable[..., Array] = attend,
     ) -> Float[Array, "B T D"]:
         B, T, _ = x.shape
         H, theta = self.cfg.head_dim, self.cfg.rope_theta
         q_BTNH = layers.rotate(self.q(x).reshape(B, T, -1, H), rope_pos, theta=theta)
         k_BTKH = layers.rotate(self.k(x).reshape(B, T, -1, H), rope_pos, theta=theta)
         v_BTKH = self.v(x).reshape(B, T, -1, H)
-        o_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, order, branch, segment, kind=attention)
+        o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, order, branch, segment)
         return self.o(checkpoint_name(o_BTNH.reshape(B, T, -1), "attention"))
 
 

@@ -6,7 +6,7 @@ current table, so that it moves when the table is trained.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from longrl_jax.models import hf_files, projector, qwen2, siglip
 from longrl_jax.models.weights import Param
-from longrl_jax.sharding import constrain
+from longrl_jax.sharding import attend, constrain
 from longrl_jax.types import VideoLayout
 
 FOLDERS = ("llm", "vision_tower", "mm_projector")
@@ -144,7 +144,7 @@ class Model(nnx.Module):
         *,
         remat: str = "nothing",
         compute_dtype: DTypeLike = jnp.float32,
-        attention: str = "ring",
+        attention: Callable[..., Array] = attend,
     ) -> Float[Array, "B T D"]:
         """See qwen2.Decoder.hidden."""
         return self.text.hidden(

@@ -1,44 +1,44 @@
-"""Exact blockwise attention, on one device or with keys and values going round a ring of devices.
+"""Exact attention on one device, or with keys and values going round a ring of devices.
 
-Source: Liu et al. 2023, arXiv:2310.01889 (ring of key/value blocks); the online softmax of Milakov
-& Gimelshein 2018, arXiv:1805.02867; the backward pass from the log-sum-exp as in FlashAttention-2,
-arXiv:2307.08691.
+Source: Liu et al. 2023, arXiv:2310.01889 (ring of key/value blocks).
 
-Letters are those of longrl_jax/types.py: B rows, T tokens, S keys, N query heads, K key/value
-heads, G = N / K, H head dim. `ids` are the three numbers that decide who sees whom: order, branch,
-segment (0: padding, which neither sees nor is seen), each [B, T]. A tile is one block of queries
-against one block of keys; q and k are their block sizes, n the number of blocks.
+What a device does with one block of keys is a `Kernel`: XLA (blockwise.py) or a GPU's
+(pallas_attention.py). `ids` are order, branch and segment of visibility.py, each [B, t].
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-NEG_INF = -1e30  # finite: exp(NEG_INF - NEG_INF) must not be nan
-Ids = tuple[jax.Array, jax.Array, jax.Array]
+from longrl_jax.sharding.blockwise import vary_like, wide_type
+from longrl_jax.sharding.visibility import NEG_INF, Ids
 
 
-def dense_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    order: Int[Array, "B T"],
-    branch: Int[Array, "B T"],
-    segment: Int[Array, "B T"],
-) -> Float[Array, "B T N H"]:
-    """The reference: one device, the whole score matrix at once."""
-    B, T, N, H = q.shape
-    q_BTKGH = q.reshape(B, T, k.shape[2], -1, H)
-    score = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k, preferred_element_type=_wide(q))
-    see_BTS = _visible((order, branch, segment), (order, branch, segment))
-    see = see_BTS[:, None, None]
-    weight = jnp.where(see, jax.nn.softmax(jnp.where(see, score * H**-0.5, NEG_INF)), 0)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weight.astype(v.dtype), v)
-    return out.reshape(q.shape).astype(q.dtype)
+class Kernel(NamedTuple):
+    """Attention of one device's queries to one block of keys."""
+
+    forward: Callable[..., tuple[jax.Array, jax.Array]]
+    """(q, k, v, q_ids, k_ids, block_size) -> (o, lse), both at least float32."""
+    backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+    """(q, k, v, q_ids, k_ids, lse, delta, do, block_size) -> (dq, dk, dv), at least float32.
+    lse is over all keys of the row, whichever these are; delta = sum(o * do)."""
+    block_size: int
+    """Tokens on each side of a tile, unless told."""
+
+
+class Ring(NamedTuple):
+    """Devices of a mesh axis that pass their keys on; `stride` rings lie beside one another."""
+
+    axis: str | None = None
+    size: int = 1
+    """Devices of one ring; 1: nothing is sent."""
+    stride: int = 1
+    """Places on the axis from a device to its next: 2 in a ring of 4 makes 0-2-4-6 and 1-3-5-7."""
 
 
 def ring_attention(
@@ -49,157 +49,62 @@ def ring_attention(
     branch: Int[Array, "B t"],
     segment: Int[Array, "B t"],
     *,
-    axis: str | None,
-    block_size: int,
+    ring: Ring,
+    kernel: Kernel,
 ) -> Float[Array, "B t N H"]:
-    """One device's part, to be called inside shard_map; axis=None: this device has all tokens."""
-    return _attention(q, k, v, (order, branch, segment), axis, block_size)
+    """One device's part, to be called inside shard_map."""
+    return _attention(q, k, v, (order, branch, segment), ring, kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(q, k, v, ids: Ids, axis: str | None, block_size: int):
-    return _ring_forward_local(q, k, v, ids, axis, block_size)[0]
+def _attention(q, k, v, ids: Ids, ring: Ring, kernel: Kernel):
+    return _ring_forward_local(q, k, v, ids, ring, kernel)[0]
 
 
-def _ring_forward_local(q, k, v, ids, axis, block_size):
+def _ring_forward_local(q, k, v, ids, ring, kernel):
     """Folds every device's keys into this device's queries; keeps what the backward pass needs."""
 
     def fold(carry, _):
         (o, lse), block = carry
-        coming = _send_on(block, axis)  # before folding, so that the transfer may overlap with it
-        new_o, new_lse = blockwise_forward(q, block[0], block[1], ids, block[2], block_size)
+        coming = _send_on(block, ring)  # before folding, so that the transfer may overlap with it
+        new_o, new_lse = kernel.forward(q, block[0], block[1], ids, block[2], kernel.block_size)
         return (_merge(o, lse, new_o, new_lse), coming), None
 
-    if _ring_size(axis) == 1:
-        o, lse = blockwise_forward(q, k, v, ids, ids, block_size)
+    if ring.size == 1:
+        o, lse = kernel.forward(q, k, v, ids, ids, kernel.block_size)
     else:
-        empty_lse = jnp.full(q.shape[:3], NEG_INF, _wide(q))
-        empty = _vary_like((jnp.zeros(q.shape, _wide(q)), empty_lse), q)
-        ((o, lse), _), _ = lax.scan(fold, (empty, (k, v, ids)), None, _ring_size(axis))
+        empty_lse = jnp.full(q.shape[:3], NEG_INF, wide_type(q))
+        empty = vary_like((jnp.zeros(q.shape, wide_type(q)), empty_lse), q)
+        ((o, lse), _), _ = lax.scan(fold, (empty, (k, v, ids)), None, ring.size)
     o = o.astype(q.dtype)
     return o, (q, k, v, ids, o, lse)
 
 
-def _ring_backward_local(axis, block_size, kept, do):
+def _ring_backward_local(ring, kernel, kept, do):
     """dk and dv travel with their keys and are home after the last hop."""
     q, k, v, ids, o, lse = kept
     delta = (o.astype(lse.dtype) * do.astype(lse.dtype)).sum(-1)
-    backward = functools.partial(blockwise_backward, block_size=block_size)
+
+    def backward(k, v, k_ids):
+        return kernel.backward(q, k, v, ids, k_ids, lse, delta, do, kernel.block_size)
 
     def fold(carry, _):
         dq, block, (dk, dv) = carry
-        coming, (dk, dv) = _send_on(block, axis), _send_on((dk, dv), axis)
-        new = backward(q, block[0], block[1], ids, block[2], lse, delta, do)
+        coming, (dk, dv) = _send_on(block, ring), _send_on((dk, dv), ring)
+        new = backward(*block)
         return (dq + new[0], coming, (dk + new[1], dv + new[2])), None  # added after the hop
 
-    if _ring_size(axis) == 1:
-        dq, dk, dv = backward(q, k, v, ids, ids, lse, delta, do)
+    if ring.size == 1:
+        dq, dk, dv = backward(k, v, ids)
     else:
-        zeros = _vary_like(tuple(jnp.zeros(x.shape, lse.dtype) for x in (q, k, v)), q)
+        zeros = vary_like(tuple(jnp.zeros(x.shape, lse.dtype) for x in (q, k, v)), q)
         start = (zeros[0], (k, v, ids), zeros[1:])
-        (dq, _, travelled), _ = lax.scan(fold, start, None, _ring_size(axis))
-        dk, dv = _send_on(travelled, axis)
+        (dq, _, travelled), _ = lax.scan(fold, start, None, ring.size)
+        dk, dv = _send_on(travelled, ring)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 _attention.defvjp(_ring_forward_local, _ring_backward_local)
-
-
-def blockwise_forward(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    q_ids: Ids,
-    k_ids: Ids,
-    block_size: int,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Attention in tiles: the output and the log-sum-exp of the scores, both at least float32.
-
-    A query that sees nothing gets 0 and NEG_INF. Tiles without a visible pair are skipped.
-    """
-    wide, scale = _wide(q), q.shape[-1] ** -0.5
-    q_blocks = _query_blocks(q, k.shape[2], block_size)
-    k_blocks = _blocks(k, block_size), _blocks(v, block_size)
-    q_ids_n, k_ids_n = _id_blocks(q_ids, block_size), _id_blocks(k_ids, block_size)
-    q_blocks, q_ids_n, k_blocks, k_ids_n = _tie((q_blocks, q_ids_n, k_blocks, k_ids_n))
-
-    def query_block(xs):
-        q_BKGqH, q_ids_Bq = xs
-
-        def fold(carry, ys):
-            (k_BKkH, v_BKkH), k_ids_Bk = ys
-
-            def tile(carry):
-                num, den, top = carry
-                see = _visible(q_ids_Bq, k_ids_Bk)[:, None, None]
-                score = _einsum("BKGqH,BKkH->BKGqk", q_BKGqH, k_BKkH, wide) * scale
-                score = jnp.where(see, score, NEG_INF)
-                new_top = jnp.maximum(top, score.max(-1))
-                weight = jnp.where(see, jnp.exp(score - new_top[..., None]), 0)
-                shrink = jnp.exp(top - new_top)
-                part = _einsum("BKGqk,BKkH->BKGqH", weight.astype(v.dtype), v_BKkH, wide)
-                return num * shrink[..., None] + part, den * shrink + weight.sum(-1), new_top
-
-            return lax.cond(_any_visible(q_ids_Bq, k_ids_Bk), tile, lambda c: c, carry), None
-
-        empty = jnp.zeros(q_BKGqH.shape, wide), jnp.zeros(q_BKGqH.shape[:-1], wide)
-        start = _vary_like((*empty, jnp.full_like(empty[1], NEG_INF)), q, k)
-        (num, den, top), _ = lax.scan(fold, start, (k_blocks, k_ids_n))
-        safe_den = jnp.where(den == 0, 1, den)
-        lse = jnp.where(den == 0, NEG_INF, top + jnp.log(safe_den))
-        return num / safe_den[..., None], lse
-
-    o_nBKGqH, lse_nBKGq = lax.map(query_block, (q_blocks, q_ids_n))
-    return _unblock_queries(o_nBKGqH, q), _unblock_queries(lse_nBKGq, q)
-
-
-def blockwise_backward(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    q_ids: Ids,
-    k_ids: Ids,
-    lse: Float[Array, "B T N"],
-    delta: Float[Array, "B T N"],
-    do: Float[Array, "B T N H"],
-    *,
-    block_size: int,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-    """dq, dk and dv of these keys. lse is over *all* keys of the row, delta = sum(o * do)."""
-    wide, scale, K = _wide(q), q.shape[-1] ** -0.5, k.shape[2]
-    q_side = tuple(_query_blocks(x, K, block_size) for x in (q, do, lse, delta))
-    q_ids_n, k_ids_n = _id_blocks(q_ids, block_size), _id_blocks(k_ids, block_size)
-    k_side = _blocks(k, block_size), _blocks(v, block_size)
-    q_side, q_ids_n, k_side, k_ids_n = _tie((q_side, q_ids_n, k_side, k_ids_n))
-
-    def key_block(dq_nBKGqH, xs):
-        (k_BKkH, v_BKkH), k_ids_Bk = xs
-
-        def fold(carry, ys):
-            (q_BKGqH, do_BKGqH, lse_BKGq, delta_BKGq), q_ids_Bq, dq_BKGqH = ys
-
-            def tile(carry, dq_BKGqH):
-                dk, dv = carry
-                see = _visible(q_ids_Bq, k_ids_Bk)[:, None, None]
-                score = _einsum("BKGqH,BKkH->BKGqk", q_BKGqH, k_BKkH, wide) * scale
-                weight = jnp.exp(jnp.where(see, score - lse_BKGq[..., None], NEG_INF))
-                dv += _einsum("BKGqk,BKGqH->BKkH", weight.astype(do.dtype), do_BKGqH, wide)
-                dweight = _einsum("BKGqH,BKkH->BKGqk", do_BKGqH, v_BKkH, wide)
-                dscore = (weight * (dweight - delta_BKGq[..., None]) * scale).astype(q.dtype)
-                dk += _einsum("BKGqk,BKGqH->BKkH", dscore, q_BKGqH, wide)
-                dq_BKGqH += _einsum("BKGqk,BKkH->BKGqH", dscore, k_BKkH, wide)
-                return (dk, dv), dq_BKGqH
-
-            seen = _any_visible(q_ids_Bq, k_ids_Bk)
-            return lax.cond(seen, tile, lambda *same: same, carry, dq_BKGqH)
-
-        zeros = _vary_like((jnp.zeros(k_BKkH.shape, wide), jnp.zeros(v_BKkH.shape, wide)), q, k)
-        (dk, dv), dq_nBKGqH = lax.scan(fold, zeros, (q_side, q_ids_n, dq_nBKGqH))
-        return dq_nBKGqH, (dk, dv)
-
-    start = _vary_like(jnp.zeros(q_side[0].shape, wide), q, k)
-    dq_nBKGqH, (dk, dv) = lax.scan(key_block, start, (k_side, k_ids_n))
-    return _unblock_queries(dq_nBKGqH, q), _unblock(dk, k), _unblock(dv, v)
 
 
 def _merge(o, lse, new_o, new_lse):
@@ -211,106 +116,7 @@ def _merge(o, lse, new_o, new_lse):
     return o, top + jnp.log(den)
 
 
-def _visible(q_ids: Ids, k_ids: Ids) -> jax.Array:
-    """[B, q, k]: may this query see this key?"""
-    q_order, q_branch, q_segment = (x[:, :, None] for x in q_ids)
-    k_order, k_branch, k_segment = (x[:, None, :] for x in k_ids)
-    same_branch = (k_branch == 0) | (k_branch == q_branch)
-    same_segment = (k_segment == q_segment) & (k_segment > 0)
-    return same_segment & (k_order <= q_order) & same_branch
-
-
-def _any_visible(q_ids: Ids, k_ids: Ids) -> jax.Array:
-    """False only if no pair of the tile is visible, judged by the ranges of each row's ids.
-
-    Segments count from 1, so that a tile of padding alone (0) is skipped.
-    """
-    _, q_branch_low, q_segment_low = (x.min(-1) for x in (*q_ids[:2], jnp.maximum(q_ids[2], 1)))
-    q_high, q_branch_high, q_segment_high = (x.max(-1) for x in q_ids)
-    k_low, k_branch_low, k_segment_low = (x.min(-1) for x in (*k_ids[:2], jnp.maximum(k_ids[2], 1)))
-    _, k_branch_high, k_segment_high = (x.max(-1) for x in k_ids)
-    branches = (k_branch_low <= q_branch_high) & (q_branch_low <= k_branch_high)
-    segments = (k_segment_low <= q_segment_high) & (q_segment_low <= k_segment_high)
-    return ((k_low <= q_high) & segments & (branches | (k_branch_low == 0))).any()
-
-
-def _tie(arrays: Any) -> Any:
-    """Keeps masks inside a scan over layers. They depend on ids only, the same in every layer, so
-    JAX would hoist them out of that scan and save every tile: 410 GiB instead of 30 at 7B, 262k."""
-    return lax.optimization_barrier(arrays)
-
-
-def _query_blocks(x: jax.Array, num_kv_heads: int, block_size: int) -> jax.Array:
-    """[B, T, N, ...] -> [n, B, K, G, q, ...]."""
-    B, T, N, *rest = x.shape
-    n, block = _num_blocks(T, block_size)
-    x = _padded(x, block_size).reshape(B, n, block, num_kv_heads, N // num_kv_heads, *rest)
-    return jnp.moveaxis(x, (1, 2), (0, 4))
-
-
-def _unblock_queries(x: jax.Array, like: jax.Array) -> jax.Array:
-    """[n, B, K, G, q, ...] -> [B, T, N, ...]."""
-    B, T, N = like.shape[:3]
-    x = jnp.moveaxis(x, (0, 4), (1, 2))
-    return x.reshape(B, x.shape[1] * x.shape[2], N, *x.shape[5:])[:, :T]
-
-
-def _blocks(x: jax.Array, block_size: int) -> jax.Array:
-    """[B, S, K, H] -> [n, B, K, k, H]."""
-    n, block = _num_blocks(x.shape[1], block_size)
-    x = _padded(x, block_size)
-    return jnp.moveaxis(x.reshape(x.shape[0], n, block, *x.shape[2:]), (1, 2), (0, 3))
-
-
-def _unblock(x: jax.Array, like: jax.Array) -> jax.Array:
-    """[n, B, K, k, H] -> [B, S, K, H]."""
-    x = jnp.moveaxis(x, (0, 3), (1, 2))
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : like.shape[1]]
-
-
-def _id_blocks(ids: Ids, block_size: int) -> Ids:
-    """[B, T] -> [n, B, q]; what fills the last block is padding like any other (segment 0)."""
-    n, block = _num_blocks(ids[0].shape[1], block_size)
-    order, branch, segment = (
-        jnp.moveaxis(_padded(x, block_size).reshape(x.shape[0], n, block), 1, 0) for x in ids
-    )
-    return order, branch, segment
-
-
-def _num_blocks(num_tokens: int, block_size: int) -> tuple[int, int]:
-    """Number and size of equal blocks, at most block_size, that hold num_tokens."""
-    n = -(-num_tokens // block_size)
-    return n, -(-num_tokens // n)
-
-
-def _padded(x: jax.Array, block_size: int) -> jax.Array:
-    n, block = _num_blocks(x.shape[1], block_size)
-    widths = [(0, 0), (0, n * block - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
-    return jnp.pad(x, widths)
-
-
-def _send_on(arrays: Any, axis: str) -> Any:
-    size = lax.axis_size(axis)
-    ring = [(i, (i + 1) % size) for i in range(size)]
-    return jax.tree.map(lambda x: lax.ppermute(x, axis, ring), arrays)
-
-
-def _ring_size(axis: str | None) -> int:
-    return 1 if axis is None else lax.axis_size(axis)
-
-
-def _vary_like(arrays: Any, *others: jax.Array) -> Any:
-    """Marks constants as different on every device, as the carries of a scan in shard_map must."""
-    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in others))
-    if not axes:
-        return arrays
-    return jax.tree.map(lambda x: lax.pcast(x, tuple(axes), to="varying"), arrays)
-
-
-def _wide(x: jax.Array) -> Any:
-    """Type that sums are kept in: float32, or float64 for float64 arrays."""
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _einsum(formula: str, a: jax.Array, b: jax.Array, wide: Any) -> jax.Array:
-    return jnp.einsum(formula, a, b, preferred_element_type=wide)
+def _send_on(arrays: Any, ring: Ring) -> Any:
+    num_devices = ring.size * ring.stride
+    to_next = [(i, (i + ring.stride) % num_devices) for i in range(num_devices)]
+    return jax.tree.map(lambda x: lax.ppermute(x, ring.axis, to_next), arrays)

@@ -20,7 +20,7 @@ from longrl_jax.batching import bucket
 from longrl_jax.config import Config
 from longrl_jax.data import prompts
 from longrl_jax.optimizer import make_optimizer
-from longrl_jax.sharding import AXES, make_mesh
+from longrl_jax.sharding import AXES, make_mesh, ulysses_size
 from longrl_jax.types import Prompt, VideoLayout
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -85,6 +85,13 @@ def check_heads(text: Any, cfg: Config) -> None:
             f"({text.num_kv_heads} for keys) of model.path={cfg.model.path}; choose one of "
             f"{[n for n in range(1, heads + 1) if heads % n == 0]} and use mesh.seq for the rest"
         )
+    ulysses_size(
+        text.num_heads,
+        kind=cfg.attention.kind,
+        ulysses=cfg.attention.ulysses,
+        seq=cfg.mesh.seq,
+        tensor=cfg.mesh.tensor,
+    )
     ranks = cfg.rollout.tensor_parallel
     if text.num_heads % ranks:
         raise ValueError(

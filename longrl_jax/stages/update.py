@@ -1,5 +1,6 @@
 """From groups to an update: rows in passes on the mesh, the loss of the config, the NaN stop."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +11,7 @@ from longrl_jax import batching, step
 from longrl_jax.config import Config, pick
 from longrl_jax.losses import KL_ESTIMATORS, LOSSES, nll
 from longrl_jax.optimizer import make_optimizer
+from longrl_jax.sharding import attend
 from longrl_jax.stages.policy import Policy
 from longrl_jax.types import Batch, Rollout
 
@@ -50,6 +52,7 @@ def make_token_logps(cfg: Config, policy: Policy, *, temperature: float) -> step
         remat=cfg.model.remat,
         compute_dtype=policy.compute_dtype,
         stage=policy.stage,
+        attention=functools.partial(attend, **dataclasses.asdict(cfg.attention)),
     )
 
 
