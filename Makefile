@@ -1,6 +1,7 @@
 # make demo   the whole thing on a laptop CPU: synthetic videos, SFT, GRPO with vLLM, evaluation
 # make test   the tests that fit in a few minutes;  make test-all: every test
 # make start  makes a checkpoint like the demo's start, runs/start/tiny_vila_start, from nothing: 35 minutes
+# make plan CONFIG=configs/NAME.yaml HARDWARE=a100-80gb   what it needs of a GPU, without one
 # make lint   format, lint and type check
 # Each creates .venv and installs what is missing; a second call installs nothing.
 
@@ -11,10 +12,15 @@ EXTRA ?= cpu
 STAMP := $(VENV)/.installed-$(EXTRA)
 PYTEST_ARGS ?=
 BUDGET_S ?= 0
+# of its own: JAX with CUDA packages (3 GB, no GPU needed), which training on a CPU should not find
+PLAN_VENV := .venv-plan
+CONFIG ?= configs/longvila_7b_hour_grpo.yaml
+HARDWARE ?= a100-80gb
+PLAN_ARGS ?=
 
 PYTHON_M := $(BIN)/python -m longrl_jax
 
-.PHONY: install demo start test test-slow test-all lint clean
+.PHONY: install demo start plan test test-slow test-all lint clean
 
 install: $(STAMP)
 
@@ -35,6 +41,13 @@ start: $(STAMP)
 		$(PYTHON_M).train configs/start/?_$$stage.yaml || exit 1; done
 	$(PYTHON_M).convert to-hf runs/start/reasoning/export runs/start/tiny_vila_start --dtype bfloat16
 
+$(PLAN_VENV)/.installed: pyproject.toml constraints.txt install.sh
+	bash install.sh "$(PYTHON)" "$(PLAN_VENV)" plan
+	touch $@
+
+plan: $(PLAN_VENV)/.installed
+	$(PLAN_VENV)/bin/python -m longrl_jax.plan $(CONFIG) hardware=$(HARDWARE) $(PLAN_ARGS)
+
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
@@ -50,4 +63,4 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(PLAN_VENV) .pytest_cache .ruff_cache build *.egg-info

@@ -147,7 +147,6 @@ def place(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
             f"the batch is laid out for {batch.num_shards} shards, but mesh.seq="
             f"{mesh.shape['seq']}; call make_batch with num_shards=mesh.seq"
         )
-    lead = (None,) * (batch.tokens.ndim - 2)
     num_rows, split = batch.tokens.shape[-2], mesh.shape["data"] * mesh.shape["fsdp"]
     if num_rows % split:
         raise ValueError(
@@ -155,13 +154,22 @@ def place(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
             "make_batch with more num_rows, which adds rows of padding"
         )
 
-    def put(x: np.ndarray) -> jax.Array:
-        dims = (*lead, "batch", "tokens")
-        sharding = NamedSharding(mesh, spec(*dims, *(None,) * (x.ndim - len(dims))))
+    def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
         # by callback: in a run of many processes each one places its own part
         return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 
-    return jax.tree.map(put, batch)
+    return jax.tree.map(put, batch, shardings(batch, mesh))
+
+
+def shardings(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
+    """Returns where `place` puts every array of a batch (its leaves may be shapes alone)."""
+    lead = (None,) * (batch.tokens.ndim - 2)
+
+    def of(x: Any) -> NamedSharding:
+        dims = (*lead, "batch", "tokens")
+        return NamedSharding(mesh, spec(*dims, *(None,) * (x.ndim - len(dims))))
+
+    return jax.tree.map(of, batch)
 
 
 def _contiguous(i: np.ndarray, size: int, num_shards: int) -> np.ndarray:

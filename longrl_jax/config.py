@@ -64,12 +64,13 @@ class ModelConfig:
     compute_dtype: str = "bfloat16"
     """float32 or bfloat16: type of matmuls. Parameters, softmax and losses stay float32."""
     remat: str = "nothing"
-    """What a layer keeps for the backward pass: nothing, attention (its output), everything."""
+    """What a layer keeps for the backward pass: nothing (but its input), attention (its output),
+    everything, or offload (its input, in the host's memory)."""
 
     def __post_init__(self):
         _filled("model.path", self.path)
         _one_of("model.compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
-        _one_of("model.remat", self.remat, ("nothing", "attention", "everything"))
+        _one_of("model.remat", self.remat, ("nothing", "attention", "everything", "offload"))
         for part in self.frozen:
             _one_of("model.frozen", part, ("vision", "projector", "text"))
         if "vision" not in self.frozen:

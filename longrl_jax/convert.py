@@ -22,14 +22,13 @@ from flax import nnx
 from longrl_jax import models
 from longrl_jax.config import pick
 from longrl_jax.models import hf_files
+from longrl_jax.models.vila import PARTS
 
 DTYPES = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-PARTS = {"llm": "llm_cfg", "vision_tower": "vision_tower_cfg", "mm_projector": "mm_projector_cfg"}
-"""Sub-folder of a VILA checkpoint -> its config inside the one file that `init` takes."""
 END_OF_TEXT, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 MEDIA_TOKENS = ("<image>", "<vila/video>")
 CHAT_TEMPLATE = (

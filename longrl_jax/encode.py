@@ -60,11 +60,26 @@ def make_encoder(
     frozen and trained together hold every parameter of the model that graphdef describes; of the
     trained only the shapes are used, since an update replaces their arrays.
     """
-    shapes = jax.eval_shape(lambda: trained)
+    run = make_program(graphdef, trained, stage=stage, dtype=dtype)
+
+    def encode(frames_FHW3: np.ndarray) -> jax.Array:
+        with jax.set_mesh(mesh):
+            return run(frozen, jnp.asarray(frames_FHW3))
+
+    return Encoder(encode, chunk_sizes(mesh, chunk_frames), width, np.dtype(dtype), stage, digest)
+
+
+def chunk_sizes(mesh: jax.sharding.Mesh, chunk_frames: int = CHUNK_FRAMES) -> tuple[int, ...]:
+    """Returns the numbers of frames that the tower is compiled for, smallest first."""
     split = mesh.devices.size // mesh.shape["tensor"]
-    sizes = sorted(
-        {-(-size // split) * split for size in (min(FEW_FRAMES, chunk_frames), chunk_frames)}
-    )
+    few = min(FEW_FRAMES, chunk_frames)
+    return tuple(sorted({-(-size // split) * split for size in (few, chunk_frames)}))
+
+
+def make_program(graphdef: nnx.GraphDef, trained: nnx.State, *, stage: str, dtype: Any) -> Any:
+    """Returns the jitted (frozen, uint8 frames [F, H, W, 3]) -> features [F, n, C] of make_encoder;
+    to be called inside jax.set_mesh."""
+    shapes = jax.eval_shape(lambda: trained)
 
     @jax.jit
     def run(frozen: nnx.State, frames_FHW3: jax.Array) -> jax.Array:
@@ -74,11 +89,7 @@ def make_encoder(
         features_FnC = model.encode(frames_FHW3, stage=stage, compute_dtype=dtype)
         return rules.constrain(features_FnC.astype(dtype), "frames", None, None)
 
-    def encode(frames_FHW3: np.ndarray) -> jax.Array:
-        with jax.set_mesh(mesh):
-            return run(frozen, jnp.asarray(frames_FHW3))
-
-    return Encoder(encode, tuple(sizes), width, np.dtype(dtype), stage, digest)
+    return run
 
 
 def embed(

@@ -52,6 +52,21 @@ def prepare(
         )
 
 
+def prepare_to_compile(num_devices: int) -> None:
+    """Sets JAX up to compile for GPUs that are not here, and for simulated devices.
+
+    Without a GPU nothing can be tuned by trying. XLA's Triton matrix products then have tiles that
+    are poor, and for some shapes none at all (it ends in an error): cuBLAS takes them instead.
+    """
+    add_xla_flags(
+        f"--xla_force_host_platform_device_count={num_devices}",
+        "--xla_gpu_autotune_level=0",
+        "--xla_gpu_enable_triton_gemm=false",
+    )
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # what a plan says itself, in GiB
+
+
 def prepare_vllm(rollout: RolloutConfig) -> None:
     """Sets vLLM's environment variables; a value that the person has set is kept."""
     if "vllm" in sys.modules:

@@ -58,10 +58,19 @@ class CountedJit:
     def __call__(self, *args: Any) -> Any:
         events = _compile_events()
         before = len(events)
-        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+        with self._on_mesh():
             result = self._program(*args)
         self.num_compilations += len(events) - before
         return result
+
+    def trace(self, *args: Any) -> Any:
+        """Returns jax.stages.Traced of these arrays, which may be jax.ShapeDtypeStructs: the very
+        program that a call would run, to be compiled or counted without running it."""
+        with self._on_mesh():
+            return self._program.trace(*args)
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +96,13 @@ class TrainStep:
         params, opt_state, step = trained
         return TrainState(params, state.frozen, opt_state, step), stats
 
+    def trace(
+        self, state: TrainState, passes: Batch, reference_logps: Any = None, old_logps: Any = None
+    ) -> Any:
+        """See CountedJit.trace; the arguments are those of a call, with shapes for arrays."""
+        trained = state.params, state.opt_state, state.step
+        return self.program.trace(trained, state.frozen, passes, reference_logps, old_logps)
+
     @property
     def num_compilations(self) -> int:
         return self.program.num_compilations
@@ -104,13 +120,7 @@ def init_state(
     the first update deletes the trained ones.
     """
 
-    def is_frozen(path: tuple[Any, ...], _: Any) -> bool:
-        return path[0] in frozen_parts
-
-    graphdef, frozen, *rest = nnx.split(model, is_frozen, ...)
-    (params,) = rest
-    if not jax.tree.leaves(params):
-        raise ValueError(f"model.frozen={list(frozen_parts)} leaves nothing to train; drop a part")
+    graphdef, frozen, params = _split_parts(model, frozen_parts)
     step = jnp.zeros((), jnp.int32)
     if mesh is not None:
         everywhere = NamedSharding(mesh, PartitionSpec())
@@ -120,16 +130,59 @@ def init_state(
             return x if on_mesh else jax.device_put(x, everywhere)
 
         params, frozen, step = jax.tree.map(placed, (params, frozen, step))
-    # told, because jit would replicate zeros: they depend on no parameter (docs/measured.md 1.3)
-    places = optax.tree_utils.tree_map_params(
+    places = _optimizer_places(optimizer, params, step)
+    opt_state = jax.jit(optimizer.init, out_shardings=places)(params)
+    return graphdef, TrainState(params=params, frozen=frozen, opt_state=opt_state, step=step)
+
+
+def abstract_state(
+    model: nnx.Module,
+    frozen_parts: Collection[str],
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+) -> tuple[nnx.GraphDef, TrainState]:
+    """Returns what init_state would, of shapes and places alone: nothing is allocated.
+
+    The model's arrays are jax.ShapeDtypeStructs with a sharding (models.abstract).
+    """
+    graphdef, frozen, params = _split_parts(model, frozen_parts)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    opt_state = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        jax.eval_shape(optimizer.init, params),
+        _optimizer_places(optimizer, params, step),
+    )
+    return graphdef, TrainState(params=params, frozen=frozen, opt_state=opt_state, step=step)
+
+
+def _split_parts(
+    model: nnx.Module, frozen_parts: Collection[str]
+) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Returns (graphdef, frozen, trained)."""
+
+    def is_frozen(path: tuple[Any, ...], _: Any) -> bool:
+        return path[0] in frozen_parts
+
+    graphdef, frozen, *rest = nnx.split(model, is_frozen, ...)
+    (params,) = rest
+    if not jax.tree.leaves(params):
+        raise ValueError(f"model.frozen={list(frozen_parts)} leaves nothing to train; drop a part")
+    return graphdef, frozen, params
+
+
+def _optimizer_places(optimizer: optax.GradientTransformation, params: Any, step: Any) -> Any:
+    """Returns the sharding of every array of the optimizer's state: that of its parameter.
+
+    Told, because jit would replicate zeros: they depend on no parameter (docs/measured.md 1.3).
+    """
+    return optax.tree_utils.tree_map_params(
         optimizer,
         lambda _, place: place,
         jax.eval_shape(optimizer.init, params),
         jax.tree.map(lambda x: x.sharding, params),
         transform_non_params=lambda _: step.sharding,
     )
-    opt_state = jax.jit(optimizer.init, out_shardings=places)(params)
-    return graphdef, TrainState(params=params, frozen=frozen, opt_state=opt_state, step=step)
 
 
 def all_params(state: TrainState) -> nnx.State:

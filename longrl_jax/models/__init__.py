@@ -62,6 +62,30 @@ def load(folder: Path | str, *, mesh: jax.sharding.Mesh | None = None) -> tuple[
     return cfg, nnx.merge(graphdef, weights.with_arrays(abstract, arrays))
 
 
+def read_shape(path: Path | str) -> tuple[ModuleType, Any]:
+    """Returns (backbone, config) of a checkpoint folder, with or without tensors, or of a
+    config.json alone (for VILA one that holds the parts' configs, as `convert init` takes)."""
+    path = Path(path)
+    if path.is_dir():
+        backbone = backbone_of(path)
+        return backbone, backbone.read_config(path)
+    tree = hf_files.read_json(path)
+    backbone = backbone_of(tree, where=str(path))
+    return backbone, backbone.parse_config(tree, where=str(path))
+
+
+def abstract(backbone: ModuleType, cfg: Any, *, mesh: jax.sharding.Mesh) -> Any:
+    """Returns the model that `load` would, of float32 shapes and places alone; reads no tensor."""
+    model = nnx.eval_shape(lambda: backbone.Model(cfg, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(model)
+    places = weights.shardings(state, backbone.table(cfg), mesh)
+    arrays = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[name])
+        for name, x in weights.by_path(state).items()
+    }
+    return nnx.merge(graphdef, weights.with_arrays(state, arrays))
+
+
 def save(
     folder: Path | str,
     model: nnx.Module | nnx.State,

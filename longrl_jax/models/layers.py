@@ -12,14 +12,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 REMAT: dict[str, Callable[..., Any]] = {
     "nothing": jax.checkpoint_policies.nothing_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
     "everything": jax.checkpoint_policies.everything_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
-"""What a layer keeps for the backward pass, by the name in model.remat."""
+"""What a layer keeps for the backward pass, by the name in model.remat. "offload" keeps as much as
+"nothing", the layer's input, but in the host's memory."""
 
 
 class Linear(nnx.Module):
@@ -128,7 +136,7 @@ def scan(
     graphdef, state = nnx.split(layers)
 
     def body(x: Array, layer: nnx.State) -> tuple[Array, None]:
-        return apply(nnx.merge(graphdef, layer), x), None
+        return apply(nnx.merge(graphdef, layer), checkpoint_name(x, "layer_input")), None
 
     def body_at(x: Array, i: Array) -> tuple[Array, None]:
         # by index: a slice of the stack would copy all the weights

@@ -4,11 +4,13 @@ Source: arXiv:2407.10671; transformers models/qwen2/modeling_qwen2.py (layout an
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -17,12 +19,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from longrl_jax.models import hf_files, layers
 from longrl_jax.models.weights import Param
-from longrl_jax.sharding import attend, constrain
+from longrl_jax.sharding import attend, constrain, num_parts
 
 FOLDERS = ("",)
 """Sub-folders of a checkpoint that hold tensors."""
 LLM_FOLDER = ""
 """Sub-folder that the engine opens."""
+MLP_CHUNK = 16384
+"""Most tokens of one device whose MLP states exist at the same time, in both directions. Six arrays
+of [tokens, 18944] lived together in the backward pass of a 7B model (docs/measured.md 1.8)."""
 IGNORED: tuple[str, ...] = ()
 """Starts of tensor names that we neither use nor change."""
 
@@ -267,7 +272,34 @@ class Mlp(nnx.Module):
         self.down = layers.Linear(cfg.mlp_width, cfg.width, bias=False, std=std, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        B, T, D = x.shape
+        n = num_parts("tokens")
+        chunks = _num_chunks(T // n)
+        if chunks == 1:
+            return self._apply(x)
+        x_cBntD = jnp.moveaxis(x.reshape(B, n, chunks, T // n // chunks, D), 2, 0)
+        graphdef, state = nnx.split(self)
+
+        @jax.checkpoint
+        def apply(state: nnx.State, x_BntD: Array) -> Array:
+            x_BntD = constrain(x_BntD, "batch", "tokens", None, None)
+            y_BntD = nnx.merge(graphdef, state)._apply(x_BntD)
+            return constrain(y_BntD, "batch", "tokens", None, None)
+
+        y_cBntD = jax.lax.map(functools.partial(apply, state), x_cBntD)
+        return jnp.moveaxis(y_cBntD, 0, 2).reshape(B, T, D)
+
+    def _apply(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         return self.down(nnx.silu(self.gate(x)) * self.up(x))
+
+
+def _num_chunks(num_tokens: int) -> int:
+    """Returns in how many equal parts the MLP takes one device's tokens: MLP_CHUNK or fewer each.
+
+    Where no number up to twice the least divides the tokens, one part.
+    """
+    least = -(-num_tokens // MLP_CHUNK)
+    return next((n for n in range(least, 2 * least + 1) if num_tokens % n == 0), 1)
 
 
 def table(cfg: Config, *, hf: str = "") -> dict[str, Param]:

@@ -23,6 +23,8 @@ from longrl_jax.types import VideoLayout
 
 FOLDERS = ("llm", "vision_tower", "mm_projector")
 """Sub-folders of a checkpoint that hold tensors."""
+PARTS = {"llm": "llm_cfg", "vision_tower": "vision_tower_cfg", "mm_projector": "mm_projector_cfg"}
+"""Sub-folder -> its config inside a config.json that stands alone (convert init, plan)."""
 LLM_FOLDER = "llm"
 """Sub-folder that the engine opens."""
 IGNORED = tuple(
@@ -61,19 +63,38 @@ def read_config(folder: Path) -> Config:
     """Reads config.json and those of the sub-folders; what we cannot do is refused by name."""
     top = hf_files.read_json(folder / "config.json")
     _refuse_unsupported(top, where=str(folder))
-    text = qwen2.read_config(folder / "llm")
-    at = folder / "vision_tower"
-    vision = siglip.parse_config(hf_files.read_json(at / "config.json"), where=str(at))
-    at = folder / "mm_projector"
-    kind = hf_files.read_json(at / "config.json").get("mm_projector_type")
+    parts = {sub: hf_files.read_json(folder / sub / "config.json") for sub in FOLDERS}
+    return _config(top, parts, where=str(folder), vision_prefix=_vision_prefix(folder))
+
+
+def parse_config(tree: Mapping[str, Any], *, where: str) -> Config:
+    """Turns one config.json that holds the parts' configs (PARTS) into our record, no folder."""
+    _refuse_unsupported(tree, where=where)
+    parts = {sub: hf_files.part(tree, key, where) for sub, key in PARTS.items()}
+    return _config(tree, parts, where=where, vision_prefix=siglip.PUBLISHED_PREFIX)
+
+
+def _config(
+    top: Mapping[str, Any],
+    parts: Mapping[str, Mapping[str, Any]],
+    *,
+    where: str,
+    vision_prefix: str,
+) -> Config:
+    """parts: the config of every sub-folder."""
+    text = qwen2.parse_config(parts["llm"], where=f"{where}/llm")
+    vision = siglip.parse_config(parts["vision_tower"], where=f"{where}/vision_tower")
+    kind = parts["mm_projector"].get("mm_projector_type")
     if not isinstance(kind, str):
-        raise ValueError(f"{at}/config.json: mm_projector_type={kind!r} must be a name")
+        raise ValueError(
+            f"{where}/mm_projector/config.json: mm_projector_type={kind!r} must be a name"
+        )
     cfg = Config(
         text=text,
         vision=vision,
         projector=projector.Config(kind=kind, width_in=vision.width, width_out=text.width),
-        num_vision_layers=_num_vision_layers(top, vision, where=str(folder)),
-        vision_prefix=_vision_prefix(folder),
+        num_vision_layers=_num_vision_layers(top, vision, where=where),
+        vision_prefix=vision_prefix,
     )
     projector.steps(cfg.projector)  # refuses what it does not know
     return cfg

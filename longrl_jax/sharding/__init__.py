@@ -1,7 +1,7 @@
 """Devices and what is split over them; imports jax only, so other projects can use it alone."""
 
 from longrl_jax.sharding.balance import executed_tiles, imbalance
-from longrl_jax.sharding.blockwise import dense_attention
+from longrl_jax.sharding.blockwise import dense_attention, num_blocks
 from longrl_jax.sharding.mesh import AXES, make_mesh
 from longrl_jax.sharding.rules import RULES, constrain, num_parts, spec
 from longrl_jax.sharding.sequence import KERNELS, KINDS, attend
@@ -18,6 +18,7 @@ __all__ = [
     "executed_tiles",
     "imbalance",
     "make_mesh",
+    "num_blocks",
     "num_parts",
     "spec",
     "ulysses_size",

@@ -49,6 +49,7 @@ def pallas_forward(
         in_specs=[*queries, keys[0], *keys],
         out_specs=[queries[0], _per_query_spec(block_size)],
         out_shape=[_like(q), jax.ShapeDtypeStruct((B, N, q.shape[1]), wide_type(q))],
+        cost_estimate=_cost(q, k, products=2),
     )
     return o[:, :T, :, :H], jnp.moveaxis(lse_BNT, 1, 2)[:, :T]
 
@@ -83,6 +84,7 @@ def pallas_backward(
         in_specs=[*queries, queries[0], *numbers, keys[0], *keys],
         out_specs=queries[0],
         out_shape=_like(q),
+        cost_estimate=_cost(q, k, products=3),
     )
     keys = _block_specs(k, k_rows, block_size)
     whole = pl.BlockSpec((None, q.shape[1], G, q.shape[3]), lambda j, h, b: (b, 0, h, 0))
@@ -95,6 +97,7 @@ def pallas_backward(
         in_specs=[whole, *ids, whole, *numbers, keys[0], *keys],
         out_specs=[keys[0], keys[0]],
         out_shape=[_like(k), _like(v)],
+        cost_estimate=_cost(q, k, products=4),
     )
     return dq[:, :T, :, :H], dk[:, :S, :, :H], dv[:, :S, :, :H]
 
@@ -210,6 +213,16 @@ def _call(kernel: Callable[..., None], arrays: Sequence[jax.Array], **options: A
         *arrays,
         cpu=functools.partial(run, interpret=True),
         cuda=functools.partial(run, interpret=False),
+    )
+
+
+def _cost(q: jax.Array, k: jax.Array, *, products: int) -> pl.CostEstimate:
+    """Of all tiles, skipped ones too; each multiplies `products` times (2 FLOPs a multiply-add)."""
+    B, T, N, H = q.shape
+    pairs = B * N * T * k.shape[1]
+    size = sum(x.size * x.dtype.itemsize for x in (q, k, k))
+    return pl.CostEstimate(
+        flops=2 * products * pairs * H, transcendentals=pairs, bytes_accessed=size
     )
 
 

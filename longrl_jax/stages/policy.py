@@ -183,19 +183,7 @@ def make_prompt_embedder(
     projector of this very step; only the stored features below them are reused.
     """
 
-    def embed_row(params: nnx.State, tokens_1P: Any, is_media_1P: Any, features: Any) -> jax.Array:
-        model = nnx.merge(policy.graphdef, params)
-        x_1PD = model.embed(
-            tokens_1P,
-            is_media_1P,
-            features,
-            stage=policy.stage,
-            compute_dtype=policy.compute_dtype,
-        )
-        return x_1PD[0]
-
-    program = step.CountedJit(embed_row, mesh=policy.mesh)
-    split = policy.mesh.shape["seq"]
+    program = make_embed_program(policy)
 
     def embed(
         state: step.TrainState, asked: Sequence[Prompt], features: Sequence[np.ndarray | None]
@@ -203,7 +191,7 @@ def make_prompt_embedder(
         params, out = step.all_params(state), []
         for prompt, stored_MC in zip(asked, features, strict=True):
             P = len(prompt.tokens)
-            size = -(-bucket(P, smallest_bucket) // split) * split
+            size = embed_tokens(policy, P, smallest_bucket)
             tokens_1P, is_media_1P = np.zeros((1, size), np.int32), np.zeros((1, size), bool)
             tokens_1P[0, :P], is_media_1P[0, :P] = prompt.tokens, prompt.is_media
             features_1PC = None
@@ -215,6 +203,29 @@ def make_prompt_embedder(
         return out
 
     return embed
+
+
+def embed_tokens(policy: Policy, num_tokens: int, smallest_bucket: int) -> int:
+    """Returns the padded length of a prompt in make_embed_program."""
+    split = policy.mesh.shape["seq"]
+    return -(-bucket(num_tokens, smallest_bucket) // split) * split
+
+
+def make_embed_program(policy: Policy) -> step.CountedJit:
+    """Returns (params, tokens [1, P], is_media [1, P], features [1, P, C]) -> [P, D], jitted."""
+
+    def embed_row(params: nnx.State, tokens_1P: Any, is_media_1P: Any, features: Any) -> jax.Array:
+        model = nnx.merge(policy.graphdef, params)
+        x_1PD = model.embed(
+            tokens_1P,
+            is_media_1P,
+            features,
+            stage=policy.stage,
+            compute_dtype=policy.compute_dtype,
+        )
+        return x_1PD[0]
+
+    return step.CountedJit(embed_row, mesh=policy.mesh)
 
 
 @contextlib.contextmanager

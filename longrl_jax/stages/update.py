@@ -24,6 +24,16 @@ def make_passes(
     advantages: Sequence[np.ndarray],
 ) -> Batch:
     """Lays a step's groups out as rows, one a group, and places them on the mesh in passes."""
+    return batching.place(make_host_passes(cfg, groups, features, advantages), policy.mesh)
+
+
+def make_host_passes(
+    cfg: Config,
+    groups: Sequence[Rollout],
+    features: Sequence[np.ndarray | None],
+    advantages: Sequence[np.ndarray],
+) -> Batch:
+    """Returns the passes of make_passes as numpy arrays, on no device."""
     rows, _ = batching.make_batch(
         groups,
         features=features,
@@ -34,7 +44,7 @@ def make_passes(
         max_row_tokens=cfg.batch.max_row_tokens,
         share_videos=False,  # a step has one row a group whatever is shared; rows would only grow
     )
-    return batching.place(batching.split_passes(rows, cfg.batch.rows_per_pass), policy.mesh)
+    return batching.split_passes(rows, cfg.batch.rows_per_pass)
 
 
 def num_rows(cfg: Config) -> int:

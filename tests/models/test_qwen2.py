@@ -1,5 +1,6 @@
 """Qwen2 against `transformers`, block by block; what scanning, remat and the mesh may change."""
 
+import contextlib
 import functools
 import json
 
@@ -137,7 +138,7 @@ def test_remat_changes_neither_values_nor_gradients(pair, rng):
 
     want = run(state, "everything")
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(want))
-    for remat in ("nothing", "attention"):
+    for remat in ("nothing", "attention", "offload"):
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, atol=GRAD_RTOL * scale),
             run(state, remat),
@@ -232,3 +233,36 @@ def test_older_configs_say_theta_at_the_top(pair):
     del tree["rope_parameters"]
     older = tree | {"rope_theta": 3e3, "rope_scaling": None}
     assert qwen2.parse_config(older, where="here") == cfg
+
+
+@pytest.mark.parametrize("mesh", [None, {"data": 2, "seq": 4}])
+def test_an_mlp_in_chunks_of_tokens_is_the_same_mlp(mesh, monkeypatch):
+    """Values and gradients; 24 tokens a device in three chunks of 8, and the chunks are there."""
+    cfg = qwen2.Config(
+        vocab_size=9, width=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8,
+        mlp_width=24, norm_eps=1e-6, rope_theta=1e4, tied=False,
+    )  # fmt: skip
+    graphdef, state = nnx.split(qwen2.Mlp(cfg, rngs=nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(1), (2, 24 * (4 if mesh else 1), 16))
+
+    def run(chunk):
+        monkeypatch.setattr(qwen2, "MLP_CHUNK", chunk)
+
+        def loss(state, x):
+            return jnp.sin(nnx.merge(graphdef, state)(x)).sum()
+
+        with jax.set_mesh(make_mesh(**mesh)) if mesh else contextlib.nullcontext():
+            traced = jax.jit(jax.value_and_grad(loss, (0, 1))).trace(state, x)
+            return "scan" in str(traced.jaxpr), traced.lower().compile()(state, x)
+
+    (whole_scans, want), (chunks_scan, got) = run(1024), run(10)
+    assert chunks_scan and not whole_scans
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(want))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=GRAD_RTOL * scale), got, want
+    )
+
+
+def test_chunks_divide_the_tokens_or_there_is_one(monkeypatch):
+    monkeypatch.setattr(qwen2, "MLP_CHUNK", 10)
+    assert [qwen2._num_chunks(n) for n in (1, 10, 11, 24, 35, 31)] == [1, 1, 1, 3, 5, 1]

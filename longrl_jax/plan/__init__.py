@@ -1,0 +1,1 @@
+"""What a config needs of a device, told ahead of time: python -m longrl_jax.plan."""

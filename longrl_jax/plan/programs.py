@@ -1,0 +1,230 @@
+"""The programs of a training step, traced from shapes: what `train` jits, with nothing allocated.
+
+Every program is made by the function that the stages call, so a plan cannot drift from training.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from longrl_jax import batching, encode, models, step
+from longrl_jax.config import Config
+from longrl_jax.optimizer import make_optimizer
+from longrl_jax.sharding import AXES, make_mesh, spec
+from longrl_jax.stages import policy as opened
+from longrl_jax.stages import update
+from longrl_jax.stages.policy import Policy
+from longrl_jax.types import Example, Prompt, Rollout, Sample
+
+QUESTION_TOKENS = 512
+"""Tokens of a prompt beside the video's: chat template, instruction, question and options."""
+STAND_IN_TOKEN = 0
+"""Plays the media placeholder: without a tokenizer its number is not known, and does not matter."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """The longest row that a config allows: its parts in tokens."""
+
+    num_frames: int
+    frame_tokens: int
+    """Of one frame: media tokens, separator, and its time."""
+    question_tokens: int
+    answers: int
+    """R."""
+    answer_tokens: int
+    """Of one answer."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.num_frames * self.frame_tokens + self.question_tokens
+
+    @property
+    def tokens(self) -> int:
+        """As batching.row_tokens counts them."""
+        return self.prompt_tokens - 1 + self.answers * self.answer_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One program of a step, traced."""
+
+    name: str
+    traced: Any
+    """jax.stages.Traced."""
+    inputs: Any
+    """Shapes with shardings of what it reads beside the parameters and the optimizer's state."""
+
+
+def row_of(cfg: Config, backbone: Any, model_cfg: Any) -> Row:
+    """Returns the longest row of a config; refuses one that the config itself would refuse.
+
+    A frame's time is counted as its UTF-8 bytes: a byte-level tokenizer makes no more tokens.
+    """
+    layout = backbone.video_layout(model_cfg)
+    frame_tokens = 0
+    if layout is not None:
+        last_s = (cfg.data.num_frames - 1) / (cfg.data.fps or 1)
+        stamp = cfg.data.timestamp.format(t=last_s) if cfg.data.timestamp else ""
+        frame_tokens = math.prod(layout.grid) + 1 + len(stamp.encode())
+    row = Row(
+        num_frames=0 if layout is None else cfg.data.num_frames,
+        frame_tokens=frame_tokens,
+        question_tokens=QUESTION_TOKENS,
+        answers=cfg.rollout.num_samples if cfg.stage == "grpo" else 1,
+        answer_tokens=cfg.rollout.max_tokens,
+    )
+    said = f"{row.num_frames} frames of {frame_tokens} tokens and {QUESTION_TOKENS} of question"
+    if row.tokens > cfg.batch.max_row_tokens:
+        raise ValueError(
+            f"{said}, with {row.answers} answers of {row.answer_tokens}, take {row.tokens} tokens "
+            f"of a row, over batch.max_row_tokens={cfg.batch.max_row_tokens}; raise that, or lower "
+            "data.num_frames, rollout.num_samples or rollout.max_tokens"
+        )
+    length = row.prompt_tokens + row.answer_tokens
+    if cfg.stage == "grpo" and length > cfg.rollout.max_model_len:
+        raise ValueError(
+            f"{said}, with an answer of {row.answer_tokens}, are {length} tokens for the engine, "
+            f"over rollout.max_model_len={cfg.rollout.max_model_len}; raise that"
+        )
+    return row
+
+
+def abstract_policy(cfg: Config, mesh: Mesh) -> tuple[Policy, step.TrainState]:
+    """Returns what stages.policy.open_policy does, of shapes alone; model.path needs no tensors."""
+    backbone, model_cfg = models.read_shape(cfg.model.path)
+    opened.check_heads(backbone.text_config(model_cfg), cfg)
+    model = models.abstract(backbone, model_cfg, mesh=mesh)
+    optimizer = make_optimizer(cfg.optimizer, cfg.run.num_steps)
+    graphdef, state = step.abstract_state(model, cfg.model.frozen, optimizer, mesh)
+    policy = Policy(
+        folder=Path(cfg.model.path),
+        backbone=backbone,
+        model_cfg=model_cfg,
+        graphdef=graphdef,
+        mesh=mesh,
+        tokenizer=None,
+        layout=backbone.video_layout(model_cfg),
+        stage=models.feature_stage(cfg.model.frozen),
+        banned_tokens=(STAND_IN_TOKEN,),
+        stop_tokens=(),
+        compute_dtype=opened.DTYPES[cfg.model.compute_dtype],
+    )
+    return policy, state
+
+
+def mesh_of(cfg: Config, devices: Sequence[Any]) -> Mesh:
+    """Returns the config's mesh over these devices."""
+    return make_mesh(**{axis: getattr(cfg.mesh, axis) for axis in AXES}, devices=devices)
+
+
+def host_passes(cfg: Config, row: Row) -> Any:
+    """Returns a step's Batch of longest rows as numpy arrays, without features: batching's own."""
+    prompt = Prompt(
+        example=Example(id="longest", question="", answer=""),
+        tokens=np.zeros(row.prompt_tokens, np.int32),
+        is_media=np.zeros(row.prompt_tokens, bool),
+        rope_pos=np.arange(row.prompt_tokens, dtype=np.int32),
+        next_rope_pos=row.prompt_tokens,
+    )
+    answer = Sample(
+        tokens=np.zeros(row.answer_tokens, np.int32),
+        logps=np.zeros(row.answer_tokens, np.float32),
+        finish_reason="length",
+        seed=0,
+    )
+    group = Rollout(prompt=prompt, samples=(answer,) * row.answers, policy_version=0)
+    groups = [group] * cfg.batch.groups
+    advantages = [np.zeros(row.answers, np.float32)] * len(groups)
+    return update.make_host_passes(cfg, groups, [None] * len(groups), advantages)
+
+
+def padded_tokens(cfg: Config, row: Row) -> int:
+    """Returns T of host_passes, without making them."""
+    shards = cfg.mesh.seq
+    smallest = -(-cfg.batch.smallest_bucket // shards)
+    parts = row.prompt_tokens - 1, row.answers * row.answer_tokens
+    return shards * sum(batching.bucket(-(-part // shards), smallest) for part in parts)
+
+
+def trace_all(
+    cfg: Config, policy: Policy, state: step.TrainState, passes: Any, row: Row
+) -> dict[str, Phase]:
+    """Returns the phases of a step by name: encode, embed, logps (if there is a KL term), update.
+
+    passes: of host_passes.
+    """
+    phases = {}
+    batch = on_mesh(policy, passes)
+    if policy.layout is not None:
+        phases["encode"] = _encode(policy, state)
+    if cfg.stage == "grpo":
+        phases["embed"] = _embed(cfg, policy, state, row)
+    logps_nBA = None
+    if cfg.stage == "grpo" and cfg.algorithm.kl:
+        program = update.make_pass_logps(cfg, policy)
+        phases["logps"] = Phase("logps", program.trace(step.all_params(state), batch), batch)
+        logps_nBA = batch.engine_logps  # of the same shape and place
+    make = update.make_grpo_update if cfg.stage == "grpo" else update.make_sft_update
+    traced = make(cfg, policy, state).trace(state, batch, logps_nBA)
+    phases["update"] = Phase("update", traced, (batch, logps_nBA))
+    return phases
+
+
+def shard_bytes(tree: Any) -> int:
+    """Returns the bytes that one device holds of a pytree of shapes with shardings."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def on_mesh(policy: Policy, passes: Any) -> Any:
+    """Returns the shapes of a placed batch, with the stored features of its tokens."""
+    features = None
+    if policy.layout is not None:
+        width = policy.backbone.feature_width(policy.model_cfg, policy.stage)
+        shape = (*passes.tokens.shape, width)
+        features = jax.ShapeDtypeStruct(shape, policy.compute_dtype)
+    batch = dataclasses.replace(passes, features=features)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        batch,
+        batching.shardings(batch, policy.mesh),
+    )
+
+
+def _encode(policy: Policy, state: step.TrainState) -> Phase:
+    """The tower on one chunk of frames."""
+    assert policy.layout is not None
+    run = encode.make_program(
+        policy.graphdef, state.params, stage=policy.stage, dtype=policy.compute_dtype
+    )
+    shape = (encode.chunk_sizes(policy.mesh)[-1], *policy.layout.image_size, 3)
+    place = NamedSharding(policy.mesh, spec("frames", None, None, None))
+    frames = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=place)
+    with jax.set_mesh(policy.mesh):
+        return Phase("encode", run.trace(state.frozen, frames), frames)
+
+
+def _embed(cfg: Config, policy: Policy, state: step.TrainState, row: Row) -> Phase:
+    """The engine's input: one prompt, padded as stages.policy.make_prompt_embedder does."""
+    size = opened.embed_tokens(policy, row.prompt_tokens, cfg.batch.smallest_bucket)
+    whole = NamedSharding(policy.mesh, spec())
+
+    def shape(*dims: int, dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=whole)
+
+    features = None
+    if policy.layout is not None:
+        width = policy.backbone.feature_width(policy.model_cfg, policy.stage)
+        features = shape(1, size, width, dtype=policy.compute_dtype)
+    inputs = shape(1, size, dtype=jnp.int32), shape(1, size, dtype=bool), features
+    program = opened.make_embed_program(policy)
+    return Phase("embed", program.trace(step.all_params(state), *inputs), inputs)
