@@ -120,7 +120,7 @@ def interval_chart(
     """
     gap, line = 12, 13
     height = TOP + sum(line * len(dots) + gap for _, dots in rows) + BOTTOM
-    x = Axis(0.0, most, LEFT + 40, WIDTH - RIGHT)
+    x = Axis(0.0, most, LEFT + 40, WIDTH - RIGHT - 8)  # room for half of the label 100%
     parts: list[Markup] = []
     for tick in x.ticks(5):
         parts.append(_line(x(tick), TOP, x(tick), height - BOTTOM, "grid"))
