@@ -115,7 +115,7 @@ def paired_difference(
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
 
 
-def difference(after: Path, before: Path, *, mode: str, part: str) -> dict[str, Score]:
+def difference(after: Path | str, before: Path | str, *, mode: str, part: str) -> dict[str, Score]:
     """Returns {"all" or kind: paired difference} of two folders of `python -m longrl_jax.evaluate`.
 
     mode: greedy, sampled, no_video or other_video; part: a reward part, e.g. video_qa/accuracy.
@@ -141,9 +141,9 @@ def difference(after: Path, before: Path, *, mode: str, part: str) -> dict[str, 
     return result
 
 
-def read_answers(folder: Path, mode: str) -> dict[str, list[Row]]:
+def read_answers(folder: Path | str, mode: str) -> dict[str, list[Row]]:
     """Returns {question id: its answers} of one mode from folder/answers.jsonl."""
-    path = folder / "answers.jsonl"
+    path = Path(folder) / "answers.jsonl"
     if not path.is_file():
         raise ValueError(f"there is no {path}; python -m longrl_jax.evaluate writes it")
     found: dict[str, list[Row]] = {}

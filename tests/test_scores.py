@@ -106,7 +106,7 @@ def test_difference_of_two_folders(tmp_path):
         (tmp_path / name / "answers.jsonl").write_text(text)
     part = "video_qa/accuracy"
     after, before = tmp_path / "grpo", tmp_path / "sft"
-    got = scores.difference(after, before, mode="greedy", part=part)
+    got = scores.difference(str(after), before, mode="greedy", part=part)
     assert {kind: (s["mean"], s["n"]) for kind, s in got.items()} == {
         "all": (0.5, 4), "goal": (0.5, 2), "plot": (0.5, 2),
     }  # fmt: skip
