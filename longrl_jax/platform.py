@@ -14,6 +14,12 @@ from longrl_jax.config import MeshConfig, RolloutConfig
 
 GPU_RESERVE = 0.08
 """Share of a GPU that neither XLA nor vLLM may take: contexts, NCCL, fragmentation."""
+OVERLAP_FLAGS = (
+    "--xla_gpu_enable_latency_hiding_scheduler=true",
+    "--xla_gpu_experimental_parallel_collective_overlap_limit=8",
+)
+"""Of XLA for GPUs: with both, all that attention sends may overlap with its compute; by default dk
+and dv do not (docs/measured.md 1.10). Known to the jaxlib that pyproject.toml allows (0.10)."""
 RENDEZVOUS_TIMEOUT_S = 600
 """Simulated devices share few cores: a collective may wait long before its partners arrive. XLA's
 default aborts the process after 60 s (docs/measured.md 1.2)."""
@@ -35,6 +41,8 @@ def prepare(
             "--xla_cpu_enable_concurrency_optimized_scheduler=false",
         )
         os.environ["JAX_PLATFORMS"] = "cpu"
+    elif mesh.num_devices > 1:
+        add_xla_flags(*OVERLAP_FLAGS)
     if rollout is not None:
         prepare_vllm(rollout)
         share = max(0.1, 1 - rollout.gpu_memory_utilization - GPU_RESERVE)  # vLLM has the rest
@@ -57,7 +65,10 @@ def prepare_to_compile(num_devices: int) -> None:
 
     Without a GPU nothing can be tuned by trying. XLA's Triton matrix products then have tiles that
     are poor, and for some shapes none at all (it ends in an error): cuBLAS takes them instead.
+    Transfers overlap as in training (`prepare`), so that the memory is that schedule's.
     """
+    if num_devices > 1:
+        add_xla_flags(*OVERLAP_FLAGS)
     add_xla_flags(
         f"--xla_force_host_platform_device_count={num_devices}",
         "--xla_gpu_autotune_level=0",
