@@ -88,7 +88,8 @@ def measure(case: Case) -> dict:
         passes = programs.host_passes(cfg, row)
         batch = programs.on_mesh(policy, passes)
         phase = programs.trace_all(cfg, policy, state, passes, row)["update"]
-        said = compiled.compile_phase(phase, None, num_devices=case.devices, tile_share=1.0)
+        tiles = compiled.tiles_of(passes, kernel=cfg.attention.kernel, ulysses=1)
+        said = compiled.compile_phase(phase, None, num_devices=case.devices, tiles=tiles)
 
     def touched(x: jax.ShapeDtypeStruct) -> jax.Array:
         make = jax.jit(lambda: jnp.full(x.shape, 1, x.dtype), out_shardings=x.sharding)

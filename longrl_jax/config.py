@@ -171,12 +171,22 @@ class AttentionConfig:
     heads."""
     kernel: str = "xla"
     """xla, or pallas: a Triton kernel for GPUs. A CPU can only interpret it, which is slow."""
+    block_size: int = 0
+    """Tokens on each side of a tile; 0: the kernel's own (xla 512, pallas 64, a power of 2). On a
+    CPU 128 is faster for xla (benchmarks/results/ring_attention_cpu2_202611.md)."""
 
     def __post_init__(self):
         _one_of("attention.kind", self.kind, ("ring", "ulysses", "2d"))
         _one_of("attention.kernel", self.kernel, ("xla", "pallas"))
-        if self.ulysses < 0:
-            raise ValueError(f"attention.ulysses={self.ulysses} must be 0 or more")
+        for name in ("ulysses", "block_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"attention.{name}={getattr(self, name)} must be 0 or more")
+        size = self.block_size
+        if size and self.kernel == "pallas" and (size < 16 or size & (size - 1)):
+            raise ValueError(
+                f"attention.block_size={size} must be a power of 2, and at least 16, for "
+                "attention.kernel=pallas; 0 takes its own"
+            )
         if self.ulysses and self.kind != "2d":
             raise ValueError(
                 f"attention.ulysses={self.ulysses} is for attention.kind=2d, the kind is "

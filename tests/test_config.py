@@ -50,6 +50,11 @@ def test_the_resolved_config_is_a_config(path, tmp_path):
             "attention.kernel='cudnn' is unknown; choose one of pallas, xla",
         ),
         ("attention.ulysses=-1", "attention.ulysses=-1 must be 0 or more"),
+        ("attention.block_size=-1", "attention.block_size=-1 must be 0 or more"),
+        (
+            "attention={kernel: pallas, block_size: 24}",
+            "attention.block_size=24 must be a power of 2, and at least 16, for attention.kernel",
+        ),
         ("attention.ulysses=2", "attention.ulysses=2 is for attention.kind=2d, the kind is ring"),
         ("attention={kind: 2d, ulysses: 3}", "attention.ulysses=3 does not divide mesh.seq=1"),
         ("stage=ppo", "stage='ppo' is unknown; choose one of grpo, perception, sft"),

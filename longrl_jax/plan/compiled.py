@@ -40,8 +40,20 @@ class Compiled:
         return self.peak_bytes - self.argument_bytes
 
 
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How much of attention's tiles is executed, and how evenly."""
+
+    share: float
+    """Of all tiles, over all devices."""
+    balance: float
+    """The busiest device's tiles, ring step by ring step, over the mean; 1 is even."""
+    block_size: int
+    """Tokens on each side."""
+
+
 def compile_phase(
-    phase: programs.Phase, hardware: Hardware | None, *, num_devices: int, tile_share: float
+    phase: programs.Phase, hardware: Hardware | None, *, num_devices: int, tiles: Tiles
 ) -> Compiled:
     """Compiles one phase; takes seconds to minutes, and up to some GiB of this machine.
 
@@ -65,36 +77,28 @@ def compile_phase(
         # XLA's own figure of a CPU program leaves temporaries out
         peak_bytes=max(memory.peak_memory_in_bytes, together) if hardware is None else together,
         compile_s=compile_s,
-        work=counter.work(jaxpr, num_devices=num_devices, tile_share=tile_share),
+        work=counter.work(jaxpr, num_devices=num_devices, tile_share=tiles.share),
         links=counter.link_bytes(program.as_text() or ""),
         kernels=tuple(counter.kernels(jaxpr))
-        or (f"blockwise XLA, tiles of {KERNELS['xla'].block_size} tokens",),
+        or (f"blockwise XLA, tiles of {tiles.block_size} tokens",),
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """How much of attention's tiles is executed, and how evenly."""
-
-    share: float
-    """Of all tiles, over all devices."""
-    balance: float
-    """The busiest device's tiles, ring step by ring step, over the mean; 1 is even."""
-
-
-def tiles_of(passes: Any, *, kernel: str, ulysses: int) -> Tiles:
+def tiles_of(passes: Any, *, kernel: str, ulysses: int, block_size: int = 0) -> Tiles:
     """Returns what is executed for the first row of programs.host_passes (all are alike).
 
-    kernel: attention.kernel; ulysses: devices that share heads (sharding.ulysses_size).
+    kernel, block_size: of cfg.attention; ulysses: devices that share heads
+    (sharding.ulysses_size).
     """
     order, branch, segment = (x[0, :1] for x in (passes.order, passes.branch, passes.segment))
-    size = KERNELS[kernel].block_size
+    size = block_size or KERNELS[kernel].block_size
     tiles = executed_tiles(
         order, branch, segment, num_devices=passes.num_shards, block_size=size, ulysses=ulysses
     )
     places = passes.num_shards // ulysses
     whole = places * num_blocks(order.shape[1] // places, size)[0]
-    return Tiles(share=float(tiles.sum() / (whole**2 * ulysses)), balance=imbalance(tiles))
+    share = float(tiles.sum() / (whole**2 * ulysses))
+    return Tiles(share=share, balance=imbalance(tiles), block_size=size)
 
 
 def versions() -> str:

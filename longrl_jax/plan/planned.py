@@ -67,15 +67,18 @@ def make(
         seq=cfg.mesh.seq,
         tensor=cfg.mesh.tensor,
     )
-    tiles = tiles_of(passes, kernel=cfg.attention.kernel, ulysses=size)
+    tiles = tiles_of(
+        passes,
+        kernel=cfg.attention.kernel,
+        ulysses=size,
+        block_size=cfg.attention.block_size,
+    )
     traced = programs.trace_all(cfg, policy, state, passes, row)
     compiled = {}
     for name, phase in traced.items():
         if not only or name in only:
             say(f"compiling {name}, {passes.tokens.shape[-1]:,} tokens a row")
-            compiled[name] = compile_phase(
-                phase, hardware, num_devices=len(devices), tile_share=tiles.share
-            )
+            compiled[name] = compile_phase(phase, hardware, num_devices=len(devices), tiles=tiles)
     trained = programs.shard_bytes(state.params)
     with_kl = cfg.stage == "grpo" and cfg.algorithm.kl > 0
     own = trained + (programs.shard_bytes(state.frozen) if cfg.model.reference else 0)

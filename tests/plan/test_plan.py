@@ -108,9 +108,17 @@ def test_the_update_has_the_flops_of_the_formula(path):
 
 
 def test_a_plan_for_the_cpu_reads_like_a_bill(path, capsys):
-    command.main([str(path), "hardware=cpu", "devices=4", "algorithm.kl=0"])
+    settings = ["hardware=cpu", "devices=4", "algorithm.kl=0", "attention.block_size=128"]
+    command.main([str(path), *settings])
     page = capsys.readouterr().out
-    for words in ("PROGRAMS", "encode", "embed", "update", "WORK of one device", "blockwise XLA"):
+    for words in (
+        "PROGRAMS",
+        "encode",
+        "embed",
+        "update",
+        "WORK of one device",
+        "blockwise XLA, tiles of 128",
+    ):
         assert words in page
     assert "logps" not in page  # without a KL term nobody asks for them
     assert "9 frames x 6 tokens + 512 = 566 tokens of prompt, 3 answers x 8" in page
@@ -174,7 +182,8 @@ def test_the_most_frames_fill_whole_buckets(path):
     row = programs.row_of(cfg, policy.backbone, policy.model_cfg)
     plan = planned.Plan(
         cfg=cfg, policy=policy, row=row, row_tokens=0, num_rows=2, num_passes=2, chunk_frames=64,
-        tiles=compiled.Tiles(1, 1), resident=None, phases={}, engine=None, language_parameters=1,
+        tiles=compiled.Tiles(1, 1, 512), resident=None, phases={}, engine=None,
+        language_parameters=1,
     )  # fmt: skip
     plan = dataclasses.replace(plan, row_tokens=programs.padded_tokens(cfg, row))
     assert planned._other_length(plan) == 36  # 4 and 18 frames are padded to the same length
