@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import UInt8
 
 from longrl_jax.data import video
 from longrl_jax.sharding import rules
@@ -70,7 +71,11 @@ def make_encoder(
 
 
 def chunk_sizes(mesh: jax.sharding.Mesh, chunk_frames: int = CHUNK_FRAMES) -> tuple[int, ...]:
-    """Returns the numbers of frames that the tower is compiled for, smallest first."""
+    """Returns the numbers of frames that the tower is compiled for, smallest first.
+
+    Devices part between any two frames: every backbone here takes them one by one. One that joins
+    neighbours (Qwen2.5-VL: two) has to round up to a multiple of them here.
+    """
     split = mesh.devices.size // mesh.shape["tensor"]
     few = min(FEW_FRAMES, chunk_frames)
     return tuple(sorted({-(-size // split) * split for size in (few, chunk_frames)}))
@@ -126,6 +131,25 @@ def embed(
     return features, refused
 
 
+def encode_chunk(encoder: Encoder, frames: UInt8[np.ndarray, "F Y X 3"]) -> np.ndarray:
+    """Encodes at most chunk_sizes[-1] frames of one video; returns [F * n, C].
+
+    They are padded to one of the shapes. No frame of padding reaches the joined array, and a device
+    that got nothing else is not read.
+    """
+    F = len(frames)
+    size = next(size for size in encoder.chunk_sizes if size >= F)
+    padded = np.zeros((size, *frames.shape[1:]), np.uint8)
+    padded[:F] = frames
+    padded_FnC = encoder.encode(padded)
+    features_FnC = np.empty((F, *padded_FnC.shape[1:]), padded_FnC.dtype)
+    for part in padded_FnC.addressable_shards:
+        rows = range(size)[part.index[0]]
+        if part.replica_id == 0 and rows.start < F:
+            features_FnC[rows.start : rows.stop] = np.asarray(part.data)[: F - rows.start]
+    return features_FnC.reshape(-1, features_FnC.shape[-1])
+
+
 def features_of(prompt: Prompt, features: Mapping[str, np.ndarray]) -> np.ndarray | None:
     """Returns the rows of a prompt's media tokens in order [M, C]; None for a text-only prompt."""
     if not prompt.media:
@@ -161,7 +185,7 @@ def _encode_missing(
                 if i not in writers:
                     shape = (m.num_tokens, encoder.width)
                     writers[i] = store.writer(names[m.key], shape, encoder.dtype)
-                writers[i].write(_encode_chunk(encoder, item.frames))
+                writers[i].write(encode_chunk(encoder, item.frames))
                 if item.first_frame + len(item.frames) == len(m.times_s):
                     writers.pop(i).publish()
             started_s = time.perf_counter()
@@ -172,13 +196,3 @@ def _encode_missing(
         for writer in writers.values():
             writer.discard()
     return refused
-
-
-def _encode_chunk(encoder: Encoder, frames_FHW3: np.ndarray) -> np.ndarray:
-    """Pads to one of the shapes, encodes, drops the padding; returns [F * n, C]."""
-    F = len(frames_FHW3)
-    size = next(size for size in encoder.chunk_sizes if size >= F)
-    padded = np.zeros((size, *frames_FHW3.shape[1:]), np.uint8)
-    padded[:F] = frames_FHW3
-    features_FnC = np.asarray(encoder.encode(padded))[:F]
-    return features_FnC.reshape(-1, features_FnC.shape[-1])

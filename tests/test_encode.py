@@ -46,6 +46,8 @@ CFG = vila.Config(
 )
 TOKENS = 4  # of one frame: 4 x 4 patches, 2 x 2 side by side
 LONG = 130
+HOUR = 3599
+"""Frames at one a second but one: neither the devices nor the chunks divide it."""
 RTOL = 1e-6
 """Of the largest number, float32: devices get other batch sizes, so sums may be ordered anew."""
 
@@ -126,19 +128,25 @@ def prompt_of(*media):
 
 @pytest.fixture(scope="module")
 def wanted(model, film):
-    """num_frames, stage -> what one device makes of the film's frames: no chunks, padding, mesh."""
-    m = medium(film, LONG)
-    job = video.Job(path=m.path, times_s=m.times_s, size=m.size, decoder="pyav")
-    (frames,) = video.read_frames(job, chunk=LONG)
-    run = nnx.jit(lambda model, x: [model.encode(x, stage=stage) for stage in vila.STAGES])
-    rows = dict(zip(vila.STAGES, map(np.asarray, run(model, frames)), strict=True))
-    # frames differ, so that an exchange of two would be seen
-    assert len(np.unique(rows["packed"].reshape(LONG, -1), axis=0)) == LONG
+    """num_frames, stage -> what one device makes of the film's first frames."""
+    rows = one_device(model, medium(film, LONG))
 
     def of(num_frames, stage="packed"):
-        return rows[stage][:num_frames].reshape(num_frames * TOKENS, -1)
+        return rows[stage][: num_frames * TOKENS]
 
     return of
+
+
+def one_device(model, m):
+    """{stage: rows of a medium}: no chunks, padding or mesh."""
+    (frames,) = video.read_frames(
+        video.Job(path=m.path, times_s=m.times_s, size=m.size, decoder="pyav"), chunk=m.grid[0]
+    )
+    run = nnx.jit(lambda model, x: [model.encode(x, stage=stage) for stage in vila.STAGES])
+    rows = [np.asarray(x).reshape(m.num_tokens, -1) for x in run(model, frames)]
+    # frames differ, so that an exchange of two would be seen
+    assert len(np.unique(rows[0].reshape(m.grid[0], -1), axis=0)) == m.grid[0]
+    return dict(zip(vila.STAGES, rows, strict=True))
 
 
 def assert_close(got, want):
@@ -169,6 +177,18 @@ def test_eight_devices_equal_one(model, wanted, film, store, pool, num_frames, c
     got, refused = encode.embed(eight, [prompt_of(m)], store, pool, decoder="pyav")
     assert not refused
     assert_close(got[m.key], wanted(num_frames))
+
+
+def test_an_hour_beside_a_short_film_equals_one_device(model, film, store, pool, tmp_path):
+    hour = medium(clips.make(tmp_path / "hour.mp4", num_frames=HOUR, size=(32, 32)), HOUR)
+    short = medium(film, 9)
+    eight, calls = counted(make_encoder(model, chunk_frames=encode.CHUNK_FRAMES))
+    prompts = [prompt_of(hour), prompt_of(short)]
+    got, refused = encode.embed(eight, prompts, store, pool, decoder="pyav")
+    assert not refused
+    for m in (hour, short):
+        assert_close(got[m.key], one_device(model, m)["packed"])
+    assert calls == [64] * (57 + 1)  # ceil(3,599 / 64), and the 9: no chunk holds frames of both
 
 
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])
@@ -202,6 +222,28 @@ def test_padding_does_not_reach_the_frames_beside_it(encoder):
     a, b = np.asarray(encoder.encode(frames)), np.asarray(encoder.encode(other))
     np.testing.assert_array_equal(a[:5], b[:5])
     assert np.abs(a[5:] - b[5:]).max() > 0
+
+
+@pytest.mark.parametrize("num_frames", [1, 9, 13, 16])
+def test_padding_leaves_no_device(model, num_frames):
+    encoder = make_encoder(model, mesh=mesh_of(4, 2), chunk_frames=16)
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (num_frames, 32, 32, 3), dtype=np.uint8)
+    whole, gone = [], []
+
+    def run(padded):
+        whole.append(np.array(encoder.encode(padded)))
+        output = encoder.encode(padded)
+        for part in output.addressable_shards:  # one of the two copies on axis tensor is enough
+            if part.index[0].start >= num_frames or part.replica_id:
+                part.data.delete()
+                gone.append(part.device)
+        return output
+
+    got = encode.encode_chunk(dataclasses.replace(encoder, encode=run), frames)
+    with_a_frame = {1: 1, 9: 3, 13: 4, 16: 4}  # of 4 places with 2 (of 8 frames) or 4 frames (16)
+    assert len(gone) == 8 - with_a_frame[num_frames]
+    assert_close(got, whole[0][:num_frames].reshape(num_frames * TOKENS, -1))
 
 
 def test_frames_are_split_over_all_devices(model, encoder):

@@ -54,7 +54,7 @@ def decoding(bomb: Bomb) -> None:
     """Some frames of a film have come from the decoder, and are not encoded yet."""
     from longrl_jax import encode
 
-    before(encode, "_encode_chunk", bomb)
+    before(encode, "encode_chunk", bomb)
 
 
 def embedding(bomb: Bomb) -> None:
