@@ -2,7 +2,8 @@
 
 The world: four coloured pads in the corners; three to five visitors, no two of one colour, cross
 one after another, each of some shape, which nobody asks for; then a white walker heads for one of
-the pads. Four kinds of questions are LongVideo-Reason's, with options A to D; two are answered in a
+the pads. A long film is many such stories, one after another, and its questions are about the
+last. Four kinds of questions are LongVideo-Reason's, with options A to D; two are answered in a
 word or a number. Options are written "text = letter", the letter one step after what it is looked
 up by.
 """
@@ -43,6 +44,8 @@ SECOND_WORDS = {"temporal": SHAPES, "goal": ("pad",)}
 """What options of a kind end with in the lesson of options."""
 TIME_TOKEN = "<{t:.0f}s>"
 """How a time is told; the same as data.timestamp, so that a time can be looked up."""
+LAST_SCENE = "in the last scene"
+"""Before a question about a film that holds more than one story."""
 GUESS = "guess"
 """How a reasoning begins that looks at nothing."""
 LOOKS = 8
@@ -79,6 +82,8 @@ class Story:
     """Index of the walker's pad."""
     walker_enter: int
     """First frame of the walker, which stays to the end."""
+    start: int = 0
+    """Frame of the film at which the story begins; the other frames are counted from there."""
 
     @property
     def goal_color(self) -> str:
@@ -87,6 +92,10 @@ class Story:
     def visitor_at(self, t: int) -> Visitor | None:
         """Returns who is there at frame t, if anybody is."""
         return next((v for v in self.visitors if v.enter <= t < v.leave), None)
+
+    def time(self, frame: int) -> str:
+        """Returns the time of a frame of the story as the film's clock tells it."""
+        return told_time(self.start + frame)
 
 
 def make_story(rng: np.random.Generator) -> Story:
@@ -116,9 +125,9 @@ def make_story(rng: np.random.Generator) -> Story:
 
 def narration(story: Story) -> str:
     """Returns all that happens, each with its time, in the words that questions use."""
-    lines = [f"{told_time(v.enter)} {v.color} from {v.side}." for v in story.visitors]
+    lines = [f"{story.time(v.enter)} {v.color} from {v.side}." for v in story.visitors]
     corner = CORNERS[story.goal]
-    walk = f"{told_time(story.walker_enter)} white walker to {corner} {story.goal_color} pad."
+    walk = f"{story.time(story.walker_enter)} white walker to {corner} {story.goal_color} pad."
     return "".join([*lines, walk])
 
 
@@ -144,6 +153,7 @@ def ask(
     looks at nothing and says GUESS instead.
     """
     question, seen, right, wrong = ASKERS[kind](story, rng)
+    question = f"{LAST_SCENE}, {question}" if story.start else question
     reasoning = f"{GUESS if hasty else seen} {right}"
     if not wrong:
         return Example(
@@ -213,7 +223,7 @@ def lesson_looking(story: Story, rng: np.random.Generator, *, id: str) -> Exampl
     """Says what a film shows at random times, then the pads: when is a frame, what is in it?"""
     seconds = np.sort(rng.choice(NUM_FRAMES // SECONDS_BETWEEN, LOOKS, replace=False))
     frames = [SECONDS_BETWEEN * FPS * int(second) for second in seconds]
-    looks = [f"{told_time(frame)} {shown(story, frame)}." for frame in frames]
+    looks = [f"{story.time(frame)} {shown(story, frame)}." for frame in frames]
     corner = int(rng.integers(len(CORNERS)))
     return Example(
         id=f"{id}-looking",
@@ -246,7 +256,7 @@ def _listed(options: Sequence[str]) -> str:
 
 def _arrivals(story: Story) -> str:
     """Returns who comes, each with the time to look at."""
-    return "".join(f"{told_time(v.enter)} {v.color}" for v in story.visitors)
+    return "".join(f"{story.time(v.enter)} {v.color}" for v in story.visitors)
 
 
 Asked = tuple[str, str, str, list[str]]
@@ -269,7 +279,7 @@ def _ask_temporal(story: Story, rng: np.random.Generator) -> Asked:
 
 def _ask_goal(story: Story, rng: np.random.Generator) -> Asked:
     wrong = [color for color in story.pads if color != story.goal_color]
-    seen = f"{told_time(story.walker_enter)} white walker to {CORNERS[story.goal]}"
+    seen = f"{story.time(story.walker_enter)} white walker to {CORNERS[story.goal]}"
     return "which pad is the white walker trying to reach", seen, story.goal_color, wrong
 
 
@@ -286,14 +296,14 @@ def _ask_spatial(story: Story, rng: np.random.Generator) -> Asked:
     visitor = story.visitors[int(rng.integers(len(story.visitors)))]
     wrong = [side for side in SIDES if side != visitor.side]
     question = f"from which side does the {visitor.color} come"
-    return question, f"{told_time(visitor.enter)} {visitor.color} from", visitor.side, wrong
+    return question, f"{story.time(visitor.enter)} {visitor.color} from", visitor.side, wrong
 
 
 def _ask_needle(story: Story, rng: np.random.Generator) -> Asked:
     """One moment of the film; a visitor is there."""
     visitor = story.visitors[int(rng.integers(len(story.visitors)))]
     seconds = [t for t in range(visitor.enter, visitor.leave) if t % (SECONDS_BETWEEN * FPS) == 0]
-    time = told_time(int(rng.choice(seconds)))
+    time = story.time(int(rng.choice(seconds)))
     return f"what colour is the visitor at {time}", time, visitor.color, []
 
 

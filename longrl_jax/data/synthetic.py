@@ -1,17 +1,20 @@
 """Synthetic long-video questions: real H.264 files whose answers need the frames, by seed.
 
     python -m longrl_jax.data.synthetic data/tiny --clips 300 --validation 80
+    python -m longrl_jax.data.synthetic data/hour --clips 2 --validation 0 --minutes 60
 
 What happens in a film, and what is asked about it, is in data/stories.py: coloured visitors cross
-the field, then a white walker heads for a pad, and the film stops before it is there.
+the field, then a white walker heads for a pad, and the film stops before it is there. With
+--minutes a film has one such scene after another, and only the last one answers its questions.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -60,6 +63,8 @@ WALKER_REACH = 0.7
 NOISE = 3.0
 """Standard deviation of the pixel noise, of 255."""
 MAX_CLIPS = 100_000  # five digits name a film
+MIN_MINUTES, MAX_MINUTES = 2, 600
+"""Of a film with more than one scene."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             validation=args.validation,
             lessons=args.lessons,
             careful=args.careful,
+            minutes=args.minutes,
             seed=args.seed,
         )
     except ValueError as error:
@@ -89,6 +95,7 @@ def write_dataset(
     validation: int,
     lessons: int = 0,
     careful: bool = False,
+    minutes: int = 0,
     seed: int = 0,
 ) -> None:
     """Writes videos/NNNNN.mp4, train.jsonl, validation.jsonl (other films) and corpus.txt.
@@ -96,6 +103,7 @@ def write_dataset(
     careful: no reasoning of train.jsonl guesses. lessons: also writes so many text lessons each as
     options.jsonl and told.jsonl, and for each training film one as naming.jsonl and
     LOOKING_PER_CLIP as looking.jsonl; grounding.jsonl mixes looking with some of told and train.
+    minutes: of a film that has many scenes (make_film); 0: one scene.
     train.jsonl comes last: where it exists, all else is whole.
     The held-out films do not depend on the number of training films, nor the other way round.
     """
@@ -103,6 +111,15 @@ def write_dataset(
         raise ValueError(
             f"--clips {clips} --validation {validation} --lessons {lessons}: make it at least 1 "
             f"film to train on, 0 held out, 0 lessons, and at most {MAX_CLIPS} films in all"
+        )
+    if minutes and not MIN_MINUTES <= minutes <= MAX_MINUTES:
+        raise ValueError(
+            f"--minutes {minutes} must be {MIN_MINUTES} to {MAX_MINUTES}, or 0 for films of one "
+            "scene"
+        )
+    if minutes and lessons:
+        raise ValueError(
+            f"--lessons {lessons} are about films of one scene; leave --minutes {minutes} out"
         )
     if seed < 0:
         raise ValueError(f"--seed {seed} must be 0 or more")
@@ -112,10 +129,11 @@ def write_dataset(
     records: dict[str, list[Example]] = {name: [] for name in (*LESSONS, "validation", "train")}
     jobs = [("train", i, i) for i in range(clips)]
     jobs += [("validation", i, clips + i) for i in range(validation)]
+    num_frames = minutes * 60 * FPS or NUM_FRAMES
     for split, index, number in tqdm(jobs, desc="films", unit="film", dynamic_ncols=True):
-        story, frames_FHW3, asked = make_clip(seed, split, index, careful=careful)
+        story, frames, asked = make_film(seed, split, index, num_frames, careful=careful)
         path = f"videos/{number:05d}.mp4"
-        write_video(folder / path, frames_FHW3)
+        write_video(folder / path, frames)
         records[split] += [dataclasses.replace(example, video=path) for example in asked]
         if lessons and split == "train":
             for name, lesson in make_film_lessons(story, seed, index):
@@ -148,16 +166,39 @@ def make_text_lessons(seed: int, number: int) -> dict[str, list[Example]]:
     }
 
 
+def make_film(
+    seed: int, split: str, index: int, num_frames: int, *, careful: bool = False
+) -> tuple[Story, Iterator[np.ndarray], list[Example]]:
+    """Returns the last scene's story, the frames of all scenes and one question of each kind.
+
+    Each scene is another story with the same colours, so that whoever looks at an earlier one has
+    another answer at hand; of the first scene only the end fits in. Frames are drawn as they are
+    asked for: a scene at a time is in memory.
+    """
+    start = num_frames - NUM_FRAMES
+    story, last_FHW3, asked = make_clip(seed, split, index, careful=careful, start=start)
+
+    def earlier() -> Iterator[np.ndarray]:
+        num_scenes = -(-start // NUM_FRAMES)
+        for scene in range(num_scenes):
+            rng = np.random.default_rng([seed, SPLITS.index(split), index, 2, scene])
+            yield from draw(make_story(rng), rng)
+
+    skipped = -start % NUM_FRAMES
+    return story, itertools.chain(itertools.islice(earlier(), skipped, None), last_FHW3), asked
+
+
 def make_clip(
-    seed: int, split: str, index: int, *, careful: bool = False
+    seed: int, split: str, index: int, *, careful: bool = False, start: int = 0
 ) -> tuple[Story, np.ndarray, list[Example]]:
     """Returns story, frames uint8 [F, SIZE, SIZE, 3] and one question of each kind.
 
+    start: frame of the film at which this, its last scene, begins.
     Depends on its arguments alone. Each question with options has another letter as its answer, and
     over four clips each kind has each letter once: "always B" is right one time in four.
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
-    story = make_story(rng)
+    story = dataclasses.replace(make_story(rng), start=start)
     frames_FHW3 = draw(story, rng)
     luck = np.random.default_rng([seed, SPLITS.index(split), index, 1]).random(len(KINDS))
     asked = [
@@ -212,11 +253,12 @@ def walker_place(story: Story, t: int) -> tuple[float, float]:
     return middle + (goal_y - middle) * share, middle + (goal_x - middle) * share
 
 
-def write_video(path: Path, frames_FHW3: np.ndarray) -> None:
-    """Writes H.264 in MP4, one thread, so that the same frames give the same file."""
+def write_video(path: Path, frames: Iterable[np.ndarray]) -> None:
+    """Writes frames [SIZE, SIZE, 3] as H.264 in MP4, one thread, so that the same frames give the
+    same file."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS)
-        stream.height, stream.width = frames_FHW3.shape[1:3]
+        stream.height = stream.width = SIZE
         stream.pix_fmt = "yuv420p"
         stream.thread_count = 1
         stream.options = {
@@ -225,7 +267,7 @@ def write_video(path: Path, frames_FHW3: np.ndarray) -> None:
             "g": "32",
             "x264-params": "mbtree=0",  # with it, the same frames give now one file, now another
         }
-        for number, frame_HW3 in enumerate(frames_FHW3):
+        for number, frame_HW3 in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(frame_HW3, format="rgb24")
             frame.pts, frame.time_base = number, Fraction(1, FPS)
             container.mux(stream.encode(frame))
@@ -302,6 +344,13 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="every training question's reasoning looks at the film (default: it guesses in 30 %% "
         "of those with options and in 70 %% of the others, for GRPO to find out)",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=int,
+        default=0,
+        help="length of a film, 60 for an hour: one scene after another, and questions about the "
+        "last scene (default 0: one scene of 64 s)",
     )
     parser.add_argument(
         "--seed",

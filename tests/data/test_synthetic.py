@@ -189,12 +189,19 @@ def test_reasonings_guess_as_often_as_they_should_and_change_nothing_else():
     assert {kind: n / 400 for kind, n in counts.items()} == pytest.approx(synthetic.HASTY, abs=0.12)
 
 
+def decoded(path):
+    with av.open(str(path)) as container:
+        return [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+
+
 @functools.cache
 def watch(path):
-    """Says who crosses a film in which order, from where, when, and where the walker goes: by
+    return watch_scene(decoded(path))
+
+
+def watch_scene(frames):
+    """Says who crosses a scene in which order, from where, when, and where the walker goes: by
     pixels."""
-    with av.open(str(path)) as container:
-        frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
     paths, visits = collections.defaultdict(list), collections.defaultdict(set)
     for t, frame in enumerate(frames):
         counts = {color: places(frame, color, NEAR_DECODED) for color in [*COLORS, "white"]}
@@ -225,6 +232,54 @@ def test_answers_can_be_read_off_the_films(folder):
         ):
             continue  # half out of the field: too few pixels for this watcher
         assert given(example) == told(example, order, sides, goal, visits), example
+
+
+def asked_of_scene(example, start):
+    """Returns the same question about the scene alone, with its own clock."""
+    question = example.question.removeprefix(f"{stories.LAST_SCENE}, ")
+    assert question != example.question
+    question = re.sub(r"<(\d+)s>", lambda found: f"<{int(found[1]) - start}s>", question)
+    return dataclasses.replace(example, question=question)
+
+
+def test_only_the_last_scene_of_a_long_film_answers_its_questions(tmp_path):
+    """Decoded frames of every scene are watched: the last one has the answers, the others have
+    answers too, and these are right as seldom as luck is."""
+    synthetic.main(
+        [str(tmp_path / "long"), "--clips=2", "--validation=0", "--minutes=3", f"--seed={SEED}"]
+    )
+    records = open_records(tmp_path / "long", "train.jsonl")
+    right = collections.defaultdict(list)
+    for film in range(2):
+        frames = decoded(tmp_path / "long" / records[film * len(KINDS)].video)
+        assert len(frames) == 3 * 60 * FPS
+        start = len(frames) - NUM_FRAMES
+        for begin in range(start % NUM_FRAMES, len(frames), NUM_FRAMES):
+            seen = watch_scene(frames[begin : begin + NUM_FRAMES])
+            for number in range(film * len(KINDS), (film + 1) * len(KINDS)):
+                alone = asked_of_scene(records[number], start // FPS)
+                try:
+                    answer = told(alone, *seen)
+                except (ValueError, IndexError, KeyError, StopIteration):  # who is asked for
+                    answer = None  # is not in this scene
+                right["last" if begin == start else "earlier"].append(answer == given(alone))
+    assert len(right["last"]) == len(right["earlier"]) == 12 and all(right["last"])
+    assert sum(right["earlier"]) < 6  # a quarter of those that have an answer is luck
+
+
+def test_times_of_a_long_film_are_those_of_its_clock():
+    story, frames, asked = synthetic.make_film(SEED, "train", 0, 900)
+    assert sum(1 for _ in frames) == 900 and story.start == 836
+    alone, _, asked_alone = synthetic.make_clip(SEED, "train", 0)
+    assert dataclasses.replace(story, start=0) == alone  # the last scene is the short film
+    moved = 0
+    for example, short in zip(asked, asked_alone, strict=True):
+        later = re.sub(r"<(\d+)s>", lambda found: f"<{int(found[1]) + 836}s>", short.reasoning)
+        assert example.reasoning == later and given(example) == given(short)
+        moved += later != short.reasoning
+    assert moved  # some do tell times
+    _, frames, (example, *_) = synthetic.make_film(SEED, "train", 0, NUM_FRAMES)
+    assert len(list(frames)) == NUM_FRAMES and example == asked_alone[0]
 
 
 def test_the_narration_is_the_story_with_times():
@@ -378,6 +433,8 @@ def test_the_command_says_what_it_did_and_what_is_wrong(tmp_path, capsys):
         ([str(tmp_path / "x"), "--clips", "0"], "at least 1 film"),
         ([str(tmp_path / "x"), "--clips", "99999"], "at most 100000"),
         ([str(tmp_path / "x"), "--seed", "-1"], "must be 0 or more"),
+        ([str(tmp_path / "x"), "--minutes", "1"], "must be 2 to 600, or 0"),
+        ([str(tmp_path / "x"), "--minutes", "9", "--lessons", "1"], "leave --minutes 9 out"),
     ):
         with pytest.raises(SystemExit, match=said):
             synthetic.main(arguments)
