@@ -25,6 +25,8 @@ CHUNK_FRAMES = 64
 """Most frames of one call of the tower, rounded up to a multiple of the devices."""
 FEW_FRAMES = 8
 """The same of the only other shape: stills and ends of films would pay for CHUNK_FRAMES."""
+COUNTERS = DECODED, ENCODED = "media/decoded_frames", "media/encoded_frames"
+"""What `embed` counts; 0 while the store holds every video that is asked about."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +107,13 @@ def embed(
     *,
     decoder: str,
     clock: Callable[[str, float], None] = lambda phase, seconds: None,
+    count: Callable[[str, int], None] = lambda counter, frames: None,
 ) -> tuple[dict[str, np.ndarray], dict[str, video.VideoError]]:
     """Returns {Media.key: memory-mapped features [M, C]} and {Media.key: why it was refused}.
 
     A key that the store holds decodes nothing. The others are decoded by the pool's processes
-    while the devices encode; `clock` is told the seconds spent waiting for either (decode, encode).
+    while the devices encode; `clock` is told the seconds spent waiting for either (decode, encode),
+    `count` the frames (COUNTERS) that came from a decoder and that went through the tower.
     A refused video leaves nothing in the store, however much of it could be read.
     """
     media = {m.key: m for prompt in prompts for m in prompt.media}
@@ -121,7 +125,7 @@ def embed(
     }
     found = {key: store.get(name) for key, name in names.items()}
     missing = [media[key] for key, value in found.items() if value is None]
-    refused = _encode_missing(encoder, missing, names, store, pool, decoder, clock)
+    refused = _encode_missing(encoder, missing, names, store, pool, decoder, clock, count)
     for m in missing:
         if m.key not in refused:
             found[m.key] = store.get(names[m.key])
@@ -166,6 +170,7 @@ def _encode_missing(
     pool: video.DecoderPool,
     decoder: str,
     clock: Callable[[str, float], None],
+    count: Callable[[str, int], None],
 ) -> dict[str, video.VideoError]:
     """Decodes and encodes in the order that chunks arrive; returns the refused by Media.key."""
     jobs = [video.Job(path=m.path, times_s=m.times_s, size=m.size, decoder=decoder) for m in media]
@@ -185,7 +190,9 @@ def _encode_missing(
                 if i not in writers:
                     shape = (m.num_tokens, encoder.width)
                     writers[i] = store.writer(names[m.key], shape, encoder.dtype)
+                count(DECODED, len(item.frames))
                 writers[i].write(encode_chunk(encoder, item.frames))
+                count(ENCODED, len(item.frames))
                 if item.first_frame + len(item.frames) == len(m.times_s):
                     writers.pop(i).publish()
             started_s = time.perf_counter()

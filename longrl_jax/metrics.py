@@ -23,10 +23,12 @@ EVALUATION = "evaluation/"
 
 
 class Phases:
-    """Seconds spent in each named phase of a step; time outside every phase is `other`."""
+    """Seconds spent in each named phase of a step, and what else is counted in it; time outside
+    every phase is `other`."""
 
     def __init__(self):
         self._seconds: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
         self._started_s = time.perf_counter()
 
     @contextlib.contextmanager
@@ -40,15 +42,21 @@ class Phases:
     def add(self, name: str, seconds: float) -> None:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
+    def count(self, name: str, number: int) -> None:
+        """Adds to a counter; one that was ever named reads 0 in a step without it."""
+        self._counts[name] = self._counts.get(name, 0) + number
+
     def take(self) -> dict[str, float]:
-        """Returns `time/<phase>_s` since the last call, `time/other_s` and `time/step_s`."""
+        """Returns `time/<phase>_s` since the last call, `time/other_s`, `time/step_s`, counters."""
         now_s = time.perf_counter()
         step_s = now_s - self._started_s
         times = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
         times["time/other_s"] = max(0.0, step_s - sum(self._seconds.values()))
         times["time/step_s"] = step_s
+        values = times | self._counts
         self._seconds, self._started_s = {}, now_s
-        return times
+        self._counts = dict.fromkeys(self._counts, 0)
+        return values
 
 
 class RunLog:

@@ -12,6 +12,7 @@ from flax import nnx
 
 from longrl_jax import encode
 from longrl_jax.data import video
+from longrl_jax.metrics import Phases
 from longrl_jax.models import projector, qwen2, siglip, vila
 from longrl_jax.sharding import make_mesh
 from longrl_jax.types import Example, Media, Prompt
@@ -343,3 +344,15 @@ def test_the_clock_is_told_of_both_phases(encoder, film, store, pool):
 
     encode.embed(encoder, [prompt_of(medium(film, 40))], store, pool, decoder="pyav", clock=add)
     assert seconds["decode"] > 0 and seconds["encode"] > 0
+
+
+def test_frames_are_counted_where_they_are_decoded_and_encoded(encoder, film, store, pool):
+    """Two films of 20 and 9 frames, asked for three times in all; then the store has both."""
+    encoder, calls = counted(encoder)
+    prompts = [prompt_of(medium(film, n)) for n in (20, 9, 20)]
+    phases = Phases()
+    for expected in (29, 0):
+        encode.embed(encoder, prompts, store, pool, decoder="pyav", count=phases.count)
+        counts = phases.take()
+        assert [counts[counter] for counter in encode.COUNTERS] == [expected] * 2
+    assert sum(calls) == 16 + 16 + 8  # 20 = 16 + 4, 9: a call takes 8 or 16, padding included

@@ -49,6 +49,14 @@ def test_phases_add_up_to_the_step():
     assert "time/update_s" not in phases.take()
 
 
+def test_a_counter_that_was_named_reads_zero_in_a_step_without_it():
+    phases = Phases()
+    assert "media/decoded_frames" not in phases.take()
+    phases.count("media/decoded_frames", 64)
+    phases.count("media/decoded_frames", 6)
+    assert [phases.take()["media/decoded_frames"] for _ in range(2)] == [70, 0]
+
+
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Reads TensorBoard's event files: records of length, checksum, message, checksum."""
     points: dict[str, list[tuple[int, float]]] = {}

@@ -192,6 +192,7 @@ def reward_values(
     return values | {
         "reward/mixed": float(np.mean(spread)),
         "reward/invalid": float(1 - valid_GR.mean()),
+        "prompt/tokens": float(np.mean([len(g.prompt.tokens) for g in entry.groups])),
         "answer/tokens": float(np.mean(lengths)),
         "answer/cut_off": float(np.mean(cut)),
     }

@@ -200,6 +200,8 @@ def open_embedder(
             DecoderPool(cfg.data.decoder_processes, timeout_s=cfg.data.decode_timeout_s)
         )
         known_bad: dict[str, Any] = {}
+        for counter in encode.COUNTERS:
+            phases.count(counter, 0)  # so that a step which finds all in the store says so
         yield functools.partial(
             _embed, encoder, store, pool, cfg.data.decoder, refused, phases, known_bad
         )
@@ -230,7 +232,9 @@ def _embed(
 ) -> tuple[list[Prompt], list[np.ndarray | None]]:
     """known_bad: media that failed before in this run; a time-out is not waited for twice."""
     fresh = [p for p in asked if not any(m.key in known_bad for m in p.media)]
-    features, bad = encode.embed(encoder, fresh, store, pool, decoder=decoder, clock=phases.add)
+    features, bad = encode.embed(
+        encoder, fresh, store, pool, decoder=decoder, clock=phases.add, count=phases.count
+    )
     known_bad |= bad
     kept = []
     for prompt in asked:

@@ -20,7 +20,7 @@ from longrl_jax.stages import saving, sft
 
 ROOT = Path(__file__).parents[2]
 NUM_STEPS = 6
-OF_THE_PROCESS = ("time/", "compilations")
+OF_THE_PROCESS = ("time/", "media/", "compilations")
 """Metrics that say how a process went, not what the run computed."""
 CHAINS = {  # each kill is that of a new process; (point, at its how many-th visit there): where
     "films_and_engine": [
