@@ -1,6 +1,7 @@
 # make demo   the whole thing on a laptop CPU: synthetic videos, SFT, GRPO with vLLM, evaluation
 # make test   the tests that fit in a few minutes;  make test-all: every test
 # make start  makes a checkpoint like the demo's start, runs/start/tiny_vila_start, from nothing: 35 minutes
+# make hour   GRPO on hour-long films, 3,600 frames and 21,670 tokens a prompt, on 8 simulated devices: MINUTES minutes
 # make plan CONFIG=configs/NAME.yaml HARDWARE=a100-80gb   what it needs of a GPU, without one
 # make lint   format, lint and type check
 # Each creates .venv and installs what is missing; a second call installs nothing.
@@ -20,7 +21,7 @@ PLAN_ARGS ?=
 
 PYTHON_M := $(BIN)/python -m longrl_jax
 
-.PHONY: install demo start plan test test-slow test-all lint clean
+.PHONY: install demo start hour plan test test-slow test-all lint clean
 
 install: $(STAMP)
 
@@ -40,6 +41,16 @@ start: $(STAMP)
 		[ -e runs/start/$$stage/finished.json ] || \
 		$(PYTHON_M).train configs/start/?_$$stage.yaml || exit 1; done
 	$(PYTHON_M).convert to-hf runs/start/reasoning/export runs/start/tiny_vila_start --dtype bfloat16
+
+hour: $(STAMP)
+	[ -e data/hour/train.jsonl ] || \
+		$(PYTHON_M).data.synthetic data/hour --clips 2 --validation 0 --minutes 60
+	[ -e data/hour_start/train.jsonl ] || \
+		$(PYTHON_M).data.synthetic data/hour_start --clips 60 --validation 0 --minutes 2 --seed 1
+	[ -e runs/hour/init ] || $(PYTHON_M).convert init configs/models/hour_vila.json runs/hour/init \
+		--corpus data/hour_start/corpus.txt --time-tokens 3600 --looking-back 5
+	[ -e runs/hour/start/finished.json ] || $(PYTHON_M).train configs/hour_cpu_start.yaml
+	$(PYTHON_M).train configs/hour_cpu.yaml
 
 $(PLAN_VENV)/.installed: pyproject.toml constraints.txt install.sh
 	bash install.sh "$(PYTHON)" "$(PLAN_VENV)" plan

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from longrl_jax import config, convert
+from longrl_jax import config, convert, rewards
 from longrl_jax.data import synthetic
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +35,16 @@ def world(tmp_path_factory):
         ]
     )
     return folder
+
+
+def count_spaces(items):
+    return [{"total": item.text.count(" ") / max(len(item.text), 1)} for item in items]
+
+
+@pytest.fixture
+def spaces(monkeypatch):
+    """Makes `spaces` a reward: one that a random policy varies in."""
+    monkeypatch.setitem(rewards.REWARDS, "spaces", count_spaces)
 
 
 @pytest.fixture

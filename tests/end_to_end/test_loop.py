@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from longrl_jax import models, rewards
+from longrl_jax import models
 from longrl_jax.stages import grpo, sft
 
 MAX_GAP = 1e-4  # float32, sums in another order; measured 2e-6 to 3e-5
@@ -18,16 +18,6 @@ ROOT = Path(__file__).parents[2]
 
 def lines(folder, name="metrics.jsonl"):
     return [json.loads(line) for line in (folder / name).open()]
-
-
-def count_spaces(items):
-    """A reward that a random policy varies in."""
-    return [{"total": item.text.count(" ") / max(len(item.text), 1)} for item in items]
-
-
-@pytest.fixture
-def spaces(monkeypatch):
-    monkeypatch.setitem(rewards.REWARDS, "spaces", count_spaces)
 
 
 def test_grpo_trains_pushes_and_agrees_with_its_engine(configured, world, tmp_path, spaces):
