@@ -55,9 +55,8 @@ SETTINGS = (
 ).split()
 SAME_RTOL = 1e-3
 """Of loss and gradient norm between sides, float32: prompts of 2,000 tokens, summed otherwise."""
-
-
 STUCK, STUCK_S, ATTEMPTS = "xla_cpu_collective_call_terminate_timeout_seconds", 60, 4
+"""XLA's flag, the seconds after which it ends a process that hangs, and how often one may begin."""
 
 
 def main() -> None:
@@ -373,7 +372,8 @@ sampling, rewards, assembling rows, the weight push, old log-probabilities (Long
 - *plain*: 8 answers are 8 rows, each whole on a device (parameters are split), which encodes the
   row's video for the rollout, for the reference and for the update: 24 encodings; 8 prefills.
 - *stage 1*: frames are split over the devices and encoded once, for 8 prefills and 8 rows.
-  *Stages 1 and 2*: every row is split over the devices, too.
+  *Stages 1 and 2*: every row is split over the devices, too, all 8 in one pass (whole rows go one
+  at a time on a device, as in Long-RL; split ones, one a pass, hung the simulated devices).
 - *ours*: one row with the prompt once and 8 answers, split over the devices; one prefill (vLLM's
   prefix cache); the embeddings are written to the store, and read from it in later epochs.
 

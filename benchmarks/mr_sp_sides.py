@@ -42,11 +42,15 @@ Costs = dict[str, dict[str, float]]
 
 
 def on(side: Side, cfg: Config, *, devices: int, bucket: int) -> Config:
-    """Returns the config of one side's step: one question, a row at a time on a device."""
+    """Returns the config of one side's step of one question.
+
+    A whole row at a time on a device; rows that are split go in one pass, since in a pass each
+    simulated devices wait for each other for ever too often.
+    """
     seq = devices if side.split else 1
     batch = BatchConfig(
         groups=R if side.copies else 1,
-        rows_per_pass=devices // seq,
+        rows_per_pass=0 if side.split else devices,
         max_row_tokens=2**31,
         smallest_bucket=bucket,
     )
