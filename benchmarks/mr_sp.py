@@ -383,7 +383,7 @@ parts: a ring in place of Long-RL's Ulysses, which cannot split 28 heads over 8 
 projector are frozen, as in Long-RL. The counts leave out padding of the tower's last chunk.
 
 Neither is a GPU's time. FLOPs know nothing of memory (what stage 2 is for: Long-RL's plain run ends
-at 1,024 frames), transfers and kernels, and do not explain why Long-RL measures 2 to 4 times for
+at 1,024 frames), transfers and kernels, and do not explain why Long-RL measures 1.8 to 4 times for
 stage 1 (2.1 for both at 512 frames, 8 A100). Seconds are of two cores, a device each: work that is
 saved, not what more devices do at the same time.
 """.strip()
