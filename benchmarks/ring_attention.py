@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--public", help="interpreter of the environment with ringattention")
     parser.add_argument("--memory-gib", type=float, default=8, help="largest program that is run")
+    parser.add_argument("--timed", type=int, default=2**16, help="most tokens that are run")
     parser.add_argument("--limit-s", type=float, default=45, help="longest run that is repeated")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--devices", type=int, default=NUM_DEVICES, help=argparse.SUPPRESS)
@@ -118,7 +119,7 @@ def measure(
         if "error" not in result:
             needed_gib = result["temp_mib"] * result["devices"] / 2**10
             result["seconds"], result["needed_gib"] = [], needed_gib
-            if needed_gib <= args.memory_gib:
+            if needed_gib <= args.memory_gib and tokens <= args.timed:
                 running.append((worker, result))
     for turn in range(args.repeats + 1):  # the first warms up
         for worker, result in running:
@@ -346,7 +347,7 @@ def report(
     ).stdout.strip()
     command = "python benchmarks/ring_attention.py OUTPUT --tokens "
     command += f"{' '.join(map(str, args.tokens))} --heads {args.heads} --repeats {args.repeats} "
-    command += f"--memory-gib {args.memory_gib:g} --limit-s {args.limit_s:g}"
+    command += f"--memory-gib {args.memory_gib:g} --timed {args.timed} --limit-s {args.limit_s:g}"
     command += " --public PYTHON" if args.public else ""
     lines = [
         "# Attention over a split sequence: time and memory",
@@ -358,8 +359,8 @@ def report(
         "tokens a side where no other size is named. "
         f"Seconds are medians of {args.repeats} (lowest to highest) in turn; MiB are the "
         "compiler's temporaries of one device. What would take over "
-        f"{args.memory_gib:g} GiB on all devices together is not run; what takes over "
-        f"{args.limit_s:g} s is run once.",
+        f"{args.memory_gib:g} GiB on all devices together, or has over {args.timed:,} "
+        f"tokens, is not run; what takes over {args.limit_s:g} s is run once.",
         "",
     ]
     sizes = args.tokens[: len(tables)]
