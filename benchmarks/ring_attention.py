@@ -91,7 +91,7 @@ class Worker:
         self.compiled = self._answer()
 
     def run(self) -> dict[str, Any]:
-        """Computes once: {"seconds", "norms"}, or {"error"}."""
+        """Computes once: {"seconds", "core_s" (of all cores), "norms"}, or {"error"}."""
         assert self._process.stdin is not None
         self._process.stdin.write("run\n")
         self._process.stdin.flush()
@@ -111,14 +111,14 @@ class Worker:
 def measure(
     ways: Sequence[tuple[str, str]], tokens: int, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Returns {temp_mib, versions, seconds (a list), norms} or {error} of every way, in order."""
+    """Returns {temp_mib, versions, seconds and core_s (lists), norms} or {error} of every way."""
     workers = [Worker(name, python, tokens, args.heads) for name, python in ways]
     results = [worker.compiled for worker in workers]
     running = []
     for worker, result in zip(workers, results, strict=True):
         if "error" not in result:
             needed_gib = result["temp_mib"] * result["devices"] / 2**10
-            result["seconds"], result["needed_gib"] = [], needed_gib
+            result |= {"seconds": [], "core_s": [], "needed_gib": needed_gib}
             if needed_gib <= args.memory_gib and tokens <= args.timed:
                 running.append((worker, result))
     for turn in range(args.repeats + 1):  # the first warms up
@@ -132,6 +132,7 @@ def measure(
                 result["error"] = answer["error"]
             elif turn:
                 result["seconds"].append(answer["seconds"])
+                result["core_s"].append(answer["core_s"])
             else:
                 result["once_s"] = answer["seconds"]
             result["norms"] = answer.get("norms")
@@ -191,11 +192,11 @@ def work(name: str, tokens: int, heads: int, devices: int) -> None:
         versions=" ".join(f"{p} {importlib.metadata.version(p)}" for p in packages),
     )
     for _ in sys.stdin:
-        started_s = time.monotonic()
+        started_s, started_core_s = time.monotonic(), time.process_time()
         results = jax.block_until_ready(compiled(*placed))
-        seconds = time.monotonic() - started_s
+        seconds, core_s = time.monotonic() - started_s, time.process_time() - started_core_s
         norms = [float(np.linalg.norm(np.asarray(x, np.float64))) for x in results]
-        say(seconds=seconds, norms=norms)
+        say(seconds=seconds, core_s=core_s, norms=norms)
 
 
 Way = tuple[Callable[..., Any], Any, Any]
@@ -357,7 +358,8 @@ def report(
         f"Python {platform.python_version()}. One causal row, forward and backward, float32, "
         f"{args.heads} head(s) of {HEAD_DIM} for queries and for keys, tiles of {BLOCK_SIZE} "
         "tokens a side where no other size is named. "
-        f"Seconds are medians of {args.repeats} (lowest to highest) in turn; MiB are the "
+        f"Seconds are medians of {args.repeats} (lowest to highest) in turn; those of cores are "
+        "processor time, which other work on the machine does not lengthen much; MiB are the "
         "compiler's temporaries of one device. What would take over "
         f"{args.memory_gib:g} GiB on all devices together, or has over {args.timed:,} "
         f"tokens, is not run; what takes over {args.limit_s:g} s is run once.",
@@ -382,7 +384,8 @@ def cell(result: dict[str, Any]) -> str:
     if not result["seconds"]:
         return f"not run ({result['needed_gib']:.0f} GiB), {mib}"
     middle, low, high = (f(result["seconds"]) for f in (statistics.median, min, max))
-    return f"{middle:.2f} s ({low:.2f} to {high:.2f}), {mib}"
+    cores = statistics.median(result["core_s"])
+    return f"{middle:.2f} s ({low:.2f} to {high:.2f}), cores {cores:.2f} s, {mib}"
 
 
 def memory_lines(memory: Sequence[tuple[int, int, float]]) -> list[str]:
