@@ -450,32 +450,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises ValueError that names the key for anything unknown, missing, of the wrong type or
     impossible in combination.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"there is no config file {path}; see configs/README.md") from None
-    except OSError as error:
-        raise ValueError(
-            f"the config file {path} cannot be read ({error.strerror}); name a YAML file"
-        ) from None
-    except UnicodeDecodeError:
-        raise ValueError(f"the config file {path} is not UTF-8 text; name a YAML file") from None
-    tree = strict_yaml.parse(text, str(path))
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} must hold a mapping of sections, got {type(tree).__name__}")
+    tree = strict_yaml.read(path)
     for item in overrides:
-        dotted, equals, text = item.partition("=")
-        if not equals:
-            raise ValueError(f"override {item!r} is not of the form section.key=value")
-        *parents, leaf = dotted.split(".")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-            if not isinstance(node, dict):
-                raise ValueError(f"override {item!r}: {name} is a value, not a section")
-        node[leaf] = (
-            strict_yaml.parse(text, f"override {item!r}", key=dotted) if text else ""
-        )  # "key=": the empty string
+        strict_yaml.override(tree, item)
     return records.build(Config, tree)
 
 

@@ -7,6 +7,7 @@ are numbers, as in YAML 1.2 and JSON (PyYAML alone would read a text).
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -36,6 +37,38 @@ for _reader_or_writer in (_Loader, _Dumper):
         f"{TAG}float", re.compile(rf"(?:{EXPONENT})\Z"), [*"-+.0123456789"]
     )
 _Dumper.add_implicit_resolver(f"{TAG}int", re.compile(rf"(?:{ONLY_LATER})\Z"), [*"-+0"])
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Returns the mapping that a file holds; raises ValueError that names the file, as `parse`."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"there is no config file {path}; see configs/README.md") from None
+    except OSError as error:
+        raise ValueError(
+            f"the config file {path} cannot be read ({error.strerror}); name a YAML file"
+        ) from None
+    except UnicodeDecodeError:
+        raise ValueError(f"the config file {path} is not UTF-8 text; name a YAML file") from None
+    tree = parse(text, str(path))
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold a mapping of sections, got {type(tree).__name__}")
+    return tree
+
+
+def override(tree: dict[str, Any], item: str) -> None:
+    """Puts the value (YAML) of an item `section.key=value` into a tree; nothing: the empty text."""
+    dotted, equals, text = item.partition("=")
+    if not equals:
+        raise ValueError(f"override {item!r} is not of the form section.key=value")
+    *parents, leaf = dotted.split(".")
+    node = tree
+    for name in parents:
+        node = node.setdefault(name, {})
+        if not isinstance(node, dict):
+            raise ValueError(f"override {item!r}: {name} is a value, not a section")
+    node[leaf] = parse(text, f"override {item!r}", key=dotted) if text else ""
 
 
 def parse(text: str, where: str, *, key: str = "") -> Any:
