@@ -27,6 +27,24 @@ DTYPES: dict[str, Any] = dict.fromkeys((*TOKEN_FIELDS, *SLOT_FIELDS), np.int32) 
     "advantage": np.float32,
     "engine_logps": np.float32,
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowShape:
+    """What all rows of a step have in common."""
+
+    prefix_tokens: int = 0
+    """Most tokens of a row's shared prefixes."""
+    branch_tokens: int = 0
+    """Most tokens of a row's branches."""
+    rope_dims: tuple[int, ...] = ()
+    """Of a token's rope_pos: () or (3,)."""
+    width: int = 0
+    """C of the stored features; 0: text only."""
+    dtype: str = ""
+    """Of the stored features."""
+
+
 Columns = dict[str, np.ndarray]
 """A value of every token of a piece of a row, by field; `feature_row`: -1 where none stands."""
 
@@ -79,6 +97,7 @@ def make_batch(
     groups_per_row: int = 1,
     share_videos: bool = True,
     order: str = "spread",
+    agree: Callable[[RowShape], RowShape] | None = None,
 ) -> tuple[Batch, Index]:
     """Lays rollouts out in num_rows rows; rows that stay empty are padding.
 
@@ -86,9 +105,12 @@ def make_batch(
     the same media share their common prefix in one segment where share_videos and that saves
     tokens (worth it where fewer tokens in all mean fewer rows); up to
     groups_per_row segments share a row. Both parts of a row (prefixes, branches) are padded to
-    `bucket`s, so that few shapes occur. `order` is a name in ORDERS.
+    `bucket`s, so that few shapes occur. `order` is a name in ORDERS. agree: where other processes
+    hold rows of the same step, returns a shape that fits all; there may be no rollouts here then.
     """
     place_in = pick(ORDERS, order, "order")
+    if not rollouts and agree is None:
+        raise ValueError("make_batch got no rollouts")
     _check(rollouts, features, advantages, max_row_tokens)
     segments = (
         _segments(rollouts, max_row_tokens) if share_videos else [[i] for i in range(len(rollouts))]
@@ -100,15 +122,18 @@ def make_batch(
             "raise num_rows or groups_per_row"
         )
     pieces = [_row(row, rollouts, advantages) for row in rows]
+    shape = _shape(pieces, rollouts, features)
+    if agree is not None:
+        shape = agree(shape)
     shard_bucket = -(-smallest_bucket // num_shards)
-    lengths = [
-        (len(prefixes["tokens"]), len(branches["tokens"])) for prefixes, branches, _ in pieces
-    ]
     p, a = (
-        bucket(-(-max(part) // num_shards), shard_bucket) for part in zip(*lengths, strict=True)
+        bucket(-(-tokens // num_shards), shard_bucket)
+        for tokens in (shape.prefix_tokens, shape.branch_tokens)
     )
-    arrays = _zeros(num_rows, num_shards * (p + a), num_shards * a, rollouts[0].prompt)
-    stored = _empty_features(arrays["tokens"].shape, features)
+    arrays = _zeros(num_rows, num_shards * (p + a), num_shards * a, shape.rope_dims)
+    stored = None
+    if shape.width:
+        stored = np.zeros((*arrays["tokens"].shape, shape.width), np.dtype(shape.dtype))
     of_rollout: dict[int, tuple[int, list[np.ndarray]]] = {}
     for b, (prefixes, branches, samples) in enumerate(pieces):
         at_p = place_in(np.arange(len(prefixes["tokens"])), p, num_shards)
@@ -129,6 +154,21 @@ def make_batch(
     return Batch(**arrays, features=stored, num_shards=num_shards), index
 
 
+def common_shape(shapes: Sequence[RowShape]) -> RowShape:
+    """Returns the least shape that rows of all these shapes fit in."""
+    known = [(shape.width, shape.dtype) for shape in shapes if shape.width]
+    if len(set(known)) > 1:
+        raise ValueError(f"features differ in width or type: {sorted(set(known))}")
+    width, dtype = known[0] if known else (0, "")
+    return RowShape(
+        prefix_tokens=max(shape.prefix_tokens for shape in shapes),
+        branch_tokens=max(shape.branch_tokens for shape in shapes),
+        rope_dims=max(shape.rope_dims for shape in shapes),
+        width=width,
+        dtype=dtype,
+    )
+
+
 def split_passes(batch: Batch, rows_per_pass: int) -> Batch:
     """Turns [B, ...] into [passes, rows_per_pass, ...]; 0: one pass with all rows."""
     num_rows = len(batch.tokens)
@@ -141,22 +181,29 @@ def split_passes(batch: Batch, rows_per_pass: int) -> Batch:
 
 
 def place(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
-    """Puts a batch, with or without a leading dim of passes, onto the mesh."""
+    """Puts a batch, with or without a leading dim of passes, onto the mesh.
+
+    Where the mesh is of many processes each one gives the rows of its own devices, equally many;
+    the rows of process 0 come first.
+    """
     if batch.num_shards != mesh.shape["seq"]:
         raise ValueError(
             f"the batch is laid out for {batch.num_shards} shards, but mesh.seq="
             f"{mesh.shape['seq']}; call make_batch with num_shards=mesh.seq"
         )
-    num_rows, split = batch.tokens.shape[-2], mesh.shape["data"] * mesh.shape["fsdp"]
+    num_processes = mesh.size // mesh.local_mesh.size
+    num_rows = batch.tokens.shape[-2] * num_processes
+    split = mesh.shape["data"] * mesh.shape["fsdp"]
     if num_rows % split:
         raise ValueError(
             f"{num_rows} rows do not split over mesh.data * mesh.fsdp = {split} devices; call "
             "make_batch with more num_rows, which adds rows of padding"
         )
+    rows_dim = batch.tokens.ndim - 2
 
     def put(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
-        # by callback: in a run of many processes each one places its own part
-        return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+        shape = (*x.shape[:rows_dim], num_rows, *x.shape[rows_dim + 1 :])
+        return jax.make_array_from_process_local_data(sharding, x, shape)
 
     return jax.tree.map(put, batch, shardings(batch, mesh))
 
@@ -206,8 +253,6 @@ def _check(
     advantages: Sequence[np.ndarray],
     max_row_tokens: int,
 ) -> None:
-    if not rollouts:
-        raise ValueError("make_batch got no rollouts")
     for rollout, rows, advantage in zip(rollouts, features, advantages, strict=True):
         prompt, name = rollout.prompt, rollout.prompt.example.id
         num_media, num_rows = int(prompt.is_media.sum()), 0 if rows is None else len(rows)
@@ -363,23 +408,26 @@ def _joined(pieces: Sequence[Columns]) -> Columns:
     return {field: np.concatenate([piece[field] for piece in pieces]) for field in pieces[0]}
 
 
-def _zeros(num_rows: int, T: int, A: int, prompt: Prompt) -> Columns:
+def _zeros(num_rows: int, T: int, A: int, rope_dims: tuple[int, ...]) -> Columns:
     """Empty rows: padding is segment 0, which no segment of a group sees."""
     arrays = {field: np.zeros((num_rows, T), DTYPES[field]) for field in TOKEN_FIELDS}
-    arrays["rope_pos"] = np.zeros((num_rows, T, *prompt.rope_pos.shape[1:]), np.int32)
+    arrays["rope_pos"] = np.zeros((num_rows, T, *rope_dims), np.int32)
     return arrays | {field: np.zeros((num_rows, A), DTYPES[field]) for field in SLOT_FIELDS}
 
 
-def _empty_features(
-    shape_BT: tuple[int, int], features: Sequence[np.ndarray | None]
-) -> np.ndarray | None:
-    known = [x for x in features if x is not None]
-    if not known:
-        return None
-    kinds = {(x.shape[1], x.dtype) for x in known}
-    if len(kinds) > 1:
-        raise ValueError(f"features differ in width or type: {sorted(map(str, kinds))}")
-    return np.zeros((*shape_BT, known[0].shape[1]), known[0].dtype)
+def _shape(
+    pieces: Sequence[tuple[Columns, Columns, Any]],
+    rollouts: Sequence[Rollout],
+    features: Sequence[np.ndarray | None],
+) -> RowShape:
+    known = [(x.shape[1], str(x.dtype)) for x in features if x is not None]
+    kinds = [RowShape(width=width, dtype=dtype) for width, dtype in known]
+    rows = [
+        RowShape(prefix_tokens=len(prefixes["tokens"]), branch_tokens=len(branches["tokens"]))
+        for prefixes, branches, _ in pieces
+    ]
+    dims = [RowShape(rope_dims=rollout.prompt.rope_pos.shape[1:]) for rollout in rollouts]
+    return common_shape([RowShape(), *kinds, *rows, *dims])
 
 
 def _put_features(

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from longrl_jax import processes
 from longrl_jax.run_folder import FORMAT, META, make_folder, metas, sync_folder, write_synced
 from longrl_jax.step import TrainState
 
@@ -27,42 +28,55 @@ def save(folder: Path, state: TrainState, *, step: int, about: Mapping[str, Any]
     """Writes the checkpoint of a step into a run's checkpoints/; it is on disk on return.
 
     about: what meta.json says beside the step. Raises ValueError if the disk does not take it;
-    nothing half-written is left then, and earlier checkpoints stay.
+    nothing half-written is left then, and earlier checkpoints stay. All processes of a run must
+    call it; each writes its part of the arrays, the first one the rest.
     """
     final, partial = folder / f"step_{step:08d}", folder / f".step_{step:08d}.partial"
-    make_folder(folder)
-    sweep(folder)
-    partial.mkdir()
+
+    def write_meta() -> None:
+        files = _digests(partial, sync=True)
+        meta = {"format": FORMAT, "step": step, "files": files} | dict(about)
+        write_synced(partial / META, json.dumps(meta, indent=1).encode() + b"\n")
+
+    processes.first(lambda: _make_partial(partial))
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((partial / "state").absolute(), _named(state))
             checkpointer.wait_until_finished()
-        meta = {"format": FORMAT, "step": step, "files": _digests(partial, sync=True)} | dict(about)
-        write_synced(partial / META, json.dumps(meta, indent=1).encode() + b"\n")
+        processes.first(write_meta)
     except (OSError, ValueError) as error:  # tensorstore says ValueError for a full disk
-        shutil.rmtree(partial, ignore_errors=True)
+        if processes.is_first():
+            shutil.rmtree(partial, ignore_errors=True)
         raise ValueError(
             f"the checkpoint of step {step} cannot be written to {folder}: {error}; make room, and "
             "run the same command again to go on from the checkpoint before it"
         ) from error
+    processes.first(lambda: _publish(partial, final))
+    return final
+
+
+def _make_partial(partial: Path) -> None:
+    make_folder(partial.parent)
+    sweep(partial.parent)
+    partial.mkdir()
+
+
+def _publish(partial: Path, final: Path) -> None:
     if final.exists():  # an earlier one of this step, which its owner has gone back behind
         shutil.rmtree(final)
     partial.rename(final)
-    sync_folder(folder)
-    sync_folder(folder.parent)  # its own name: who made it may have been killed before that
-    return final
+    sync_folder(final.parent)
+    sync_folder(final.parent.parent)  # its own name: who made it may have been killed before that
 
 
 def restore(path: Path, state: TrainState) -> TrainState:
     """Returns the trained state of a checkpoint, laid out over the devices as `state` is.
 
     The trained arrays of `state` are deleted, so that memory holds one of the two at a time. Raises
-    ValueError for a damaged checkpoint and for one of another model or optimizer.
+    ValueError for a damaged checkpoint and for one of another model or optimizer. The number of
+    processes that wrote it does not matter.
     """
-    meta = json.loads((path / META).read_text())
-    have = _digests(path)
-    have.pop(META, None)
-    damaged = sorted(n for n in have | meta["files"] if have.get(n) != meta["files"].get(n))
+    damaged = processes.first(lambda: _damaged(path))
     if damaged:
         raise ValueError(
             f"{path} is damaged: {', '.join(damaged[:3])} is not what was written; remove {path} "
@@ -83,6 +97,13 @@ def restore(path: Path, state: TrainState) -> TrainState:
         raise ValueError(f"{path} is of another model or optimizer: {error}") from None
     trained = jax.tree.unflatten(tree, [arrays[name] for name in wanted])
     return TrainState(frozen=state.frozen, **trained)
+
+
+def _damaged(path: Path) -> list[str]:
+    files = json.loads((path / META).read_text())["files"]
+    have = _digests(path)
+    have.pop(META, None)
+    return sorted(name for name in have | files if have.get(name) != files.get(name))
 
 
 def prune(folder: Path, *, keep: int, best_metric: str = "") -> None:

@@ -39,6 +39,24 @@ def _one_of(key: str, value: str, names: Sequence[str]) -> None:
     pick(types.MappingProxyType(dict.fromkeys(names)), value, key)
 
 
+def _check_processes(mesh: "MeshConfig") -> None:
+    if mesh.rows % mesh.processes:
+        raise ValueError(
+            f"mesh.processes={mesh.processes} does not divide mesh.data * mesh.fsdp = {mesh.rows}: "
+            "a row's devices (mesh.seq * mesh.tensor) must be of one process; raise mesh.data or "
+            "mesh.fsdp and lower mesh.seq or mesh.tensor"
+        )
+    if (mesh.process >= 0) != bool(mesh.coordinator):
+        raise ValueError(
+            f"mesh.process={mesh.process} and mesh.coordinator={mesh.coordinator!r}: give both, or "
+            "neither and start with srun"
+        )
+    if not -1 <= mesh.process < mesh.processes:
+        raise ValueError(
+            f"mesh.process={mesh.process} must be 0 to {mesh.processes - 1} (mesh.processes - 1)"
+        )
+
+
 def _check_timestamp(text: str) -> None:
     try:
         good = not text or text.format(t=1.0) != text.format(t=1000.0)
@@ -143,10 +161,18 @@ class MeshConfig:
     """Devices that share heads and MLP width."""
     simulated: bool = False
     """Simulate that many devices on the CPU."""
+    processes: int = 1
+    """Processes that share the devices evenly, one a host: the same command, started on each. Rows
+    belong to processes, so this must divide data * fsdp (seq and tensor stay inside a host)."""
+    process: int = -1
+    """Which of them this one is, from 0; -1: Slurm (or Open MPI) knows."""
+    coordinator: str = ""
+    """HOST:PORT that process 0 listens at; empty: Slurm (or Open MPI) knows."""
 
     def __post_init__(self):
-        for axis in ("data", "fsdp", "seq", "tensor"):
+        for axis in ("data", "fsdp", "seq", "tensor", "processes"):
             _positive(f"mesh.{axis}", getattr(self, axis))
+        _check_processes(self)
         if self.simulated and self.num_devices > MAX_SIMULATED_DEVICES:
             raise ValueError(
                 f"mesh.* asks for {self.num_devices} simulated devices, over "
@@ -155,7 +181,12 @@ class MeshConfig:
 
     @property
     def num_devices(self) -> int:
-        return self.data * self.fsdp * self.seq * self.tensor
+        return self.rows * self.seq * self.tensor
+
+    @property
+    def rows(self) -> int:
+        """Rows that are computed at a time, each by seq * tensor devices."""
+        return self.data * self.fsdp
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -436,11 +467,20 @@ class Config:
                 f"attention.ulysses={self.attention.ulysses} does not divide mesh.seq="
                 f"{self.mesh.seq}; choose a divisor, or 0"
             )
-        rows = self.mesh.data * self.mesh.fsdp
-        if self.batch.rows_per_pass % rows:
+        if self.batch.rows_per_pass % self.mesh.rows:
             raise ValueError(
                 f"batch.rows_per_pass={self.batch.rows_per_pass} does not split over "
-                f"mesh.data * mesh.fsdp = {rows} devices; make it a multiple"
+                f"mesh.data * mesh.fsdp = {self.mesh.rows} devices; make it a multiple"
+            )
+        if self.mesh.processes > 1 and self.stage == "perception":
+            raise ValueError(
+                f"mesh.processes={self.mesh.processes}: stage=perception takes minutes and runs in "
+                "one process; set mesh.processes=1"
+            )
+        if self.batch.groups < self.mesh.processes:
+            raise ValueError(
+                f"batch.groups={self.batch.groups} leaves some of mesh.processes="
+                f"{self.mesh.processes} without a prompt; raise it"
             )
 
 

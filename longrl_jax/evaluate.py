@@ -6,7 +6,6 @@ python -m longrl_jax.evaluate CONFIG.yaml [section.key=value ...] [--out DIR]
 import argparse
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -85,6 +84,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         cfg = config.load(args.config, args.overrides)
         limited = dataclasses.replace(cfg.run, eval_examples=args.examples)
         cfg = dataclasses.replace(cfg, run=limited)
+        if cfg.mesh.processes > 1:
+            raise ValueError(
+                f"mesh.processes={cfg.mesh.processes}: an evaluation is one process; set "
+                "mesh.processes=1 and mesh.* to the devices of this host"
+            )
         plan = Plan(
             out=args.out or default_out(cfg),
             num_samples=args.samples,
@@ -118,8 +122,8 @@ def run(cfg: config.Config, plan: Plan, found: dict[str, Any]) -> dict[str, Any]
 
     policy, state = opened.open_policy(cfg, trains=False)
     encoder = opened.open_encoder(policy, state)
-    to_inputs = opened.make_prompt_embedder(policy, smallest_bucket=cfg.batch.smallest_bucket)
-    inputs = functools.partial(to_inputs, state)
+    smallest = cfg.batch.smallest_bucket
+    inputs = opened.make_prompt_embedder(policy, state, smallest_bucket=smallest)(state)
     answers = {mode: list(scores.read_answers(plan.out, mode).values()) for mode in found["modes"]}
     with contextlib.ExitStack() as stack:
         (plan.out / "refused.jsonl").unlink(missing_ok=True)  # every attempt finds them anew

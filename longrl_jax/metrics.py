@@ -15,6 +15,7 @@ import yaml
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from longrl_jax import processes
 from longrl_jax.platform import disk_error
 
 WAY_OUT = "make room, and run the same command again: the run goes on where it was"
@@ -47,13 +48,17 @@ class Phases:
         self._counts[name] = self._counts.get(name, 0) + number
 
     def take(self) -> dict[str, float]:
-        """Returns `time/<phase>_s` since the last call, `time/other_s`, `time/step_s`, counters."""
+        """Returns `time/<phase>_s` since the last call, `time/other_s`, `time/step_s`, counters.
+
+        Seconds are this process's, counters those of all processes, which must all call it.
+        """
         now_s = time.perf_counter()
         step_s = now_s - self._started_s
         times = {f"time/{name}_s": seconds for name, seconds in self._seconds.items()}
         times["time/other_s"] = max(0.0, step_s - sum(self._seconds.values()))
         times["time/step_s"] = step_s
-        values = times | self._counts
+        counts = processes.added({name: (number, 0) for name, number in self._counts.items()})
+        values = times | {name: number for name, (number, _) in counts.items()}
         self._seconds, self._started_s = {}, now_s
         self._counts = dict.fromkeys(self._counts, 0)
         return values
@@ -61,7 +66,10 @@ class Phases:
 
 class RunLog:
     """Owner of a run folder's metrics.jsonl, evaluations.jsonl and rollouts.jsonl, of TensorBoard's
-    and W&B's copies of the numbers, and of the progress bar; a context."""
+    and W&B's copies of the numbers, and of the progress bar; a context.
+
+    In a run of many processes the first one's writes and shows; the others' do nothing.
+    """
 
     def __init__(
         self, folder: Path, num_steps: int, *, name: str, first_step: int = 0, wandb: str = ""
@@ -71,6 +79,17 @@ class RunLog:
         TensorBoard's files are written anew from the lines that are there, so that a run which goes
         on shows every step once.
         """
+        self._writes = processes.is_first()
+        self._bar = tqdm(
+            total=num_steps,
+            initial=first_step,
+            desc=name,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self._writes,
+        )
+        if not self._writes:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
@@ -80,12 +99,11 @@ class RunLog:
                 for line in (folder / file).open(encoding="utf-8"):
                     self._draw(json.loads(line), prefix)
         self._wandb = _open_wandb(folder, wandb) if wandb else None
-        self._bar = tqdm(
-            total=num_steps, initial=first_step, desc=name, unit="step", dynamic_ncols=True
-        )
 
     def step(self, step: int, values: Mapping[str, Any], *, shown: tuple[str, ...] = ()) -> None:
         """Writes one step; `shown` names the values that stand beside the progress bar."""
+        if not self._writes:
+            return
         (row,) = self._append("metrics.jsonl", [{"step": step} | dict(values)])
         self._show(row, "")
         self._bar.set_postfix({k: f"{values[k]:.4g}" for k in shown if k in values})
@@ -93,11 +111,15 @@ class RunLog:
 
     def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """Writes the scores of one evaluation."""
+        if not self._writes:
+            return
         (row,) = self._append("evaluations.jsonl", [{"step": step} | dict(scores)])
         self._show(row, EVALUATION)
 
     def rollouts(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Writes sampled answers, so that a person can read what the policy says."""
+        if not self._writes:
+            return
         self._append("rollouts.jsonl", [{"step": step} | row for row in rows])
 
     def _append(self, name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -123,6 +145,8 @@ class RunLog:
 
     def __exit__(self, *_: Any) -> None:
         self._bar.close()
+        if not self._writes:
+            return
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish()

@@ -23,6 +23,8 @@ and dv do not (docs/measured.md 1.10). Known to the jaxlib that pyproject.toml a
 RENDEZVOUS_TIMEOUT_S = 600
 """Simulated devices share few cores: a collective may wait long before its partners arrive. XLA's
 default aborts the process after 60 s (docs/measured.md 1.2)."""
+HEARTBEAT_TIMEOUT_S = 60
+"""A process that is not heard of for so long is dead, and the others end (jax.distributed)."""
 
 
 def prepare(
@@ -30,11 +32,12 @@ def prepare(
 ) -> None:
     """Sets up JAX and vLLM for this process; call it before either makes a device.
 
-    Raises RuntimeError if JAX has already made its devices and their number is not the mesh's.
+    With mesh.processes over 1 it returns when all of them have joined. Raises RuntimeError if JAX
+    has already made its devices and their number is not the mesh's.
     """
     if mesh.simulated:
         add_xla_flags(
-            f"--xla_force_host_platform_device_count={mesh.num_devices}",
+            f"--xla_force_host_platform_device_count={mesh.num_devices // mesh.processes}",
             f"--xla_cpu_collective_call_terminate_timeout_seconds={RENDEZVOUS_TIMEOUT_S}",
             # else two collectives that do not depend on each other may start in another order on
             # another device, and all wait for ever (docs/measured.md 1.6)
@@ -52,11 +55,42 @@ def prepare(
     if compilation_cache:
         jax.config.update("jax_compilation_cache_dir", compilation_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    if mesh.processes > 1 and not jax.distributed.is_initialized():
+        join(mesh)
     if jax.device_count() != mesh.num_devices:
         hint = "mesh.simulated=true simulates them" if not mesh.simulated else "JAX started before"
         raise RuntimeError(
             f"the mesh wants {mesh.num_devices} devices, JAX has {jax.device_count()} "
             f"({jax.default_backend()}); change mesh.* or the machine ({hint})"
+        )
+
+
+def join(mesh: MeshConfig) -> None:
+    """Joins the processes of a run; waits for all. What one that dies does to the others: train.py.
+
+    Raises RuntimeError if they do not come, or are others than mesh.processes says.
+    """
+    import jax
+
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    told = bool(mesh.coordinator)
+    try:
+        jax.distributed.initialize(
+            coordinator_address=mesh.coordinator if told else None,
+            num_processes=mesh.processes if told else None,
+            process_id=mesh.process if told else None,
+            local_device_ids=list(range(mesh.num_devices // mesh.processes)),  # else Slurm: one
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+        )
+    except ValueError as error:
+        raise RuntimeError(
+            f"mesh.processes={mesh.processes}, but no launcher was found ({error}); start with "
+            "srun, or give every process mesh.coordinator=HOST:PORT and its own mesh.process"
+        ) from None
+    if jax.process_count() != mesh.processes:
+        raise RuntimeError(
+            f"mesh.processes={mesh.processes}, but {jax.process_count()} were started; make the "
+            "two equal"
         )
 
 

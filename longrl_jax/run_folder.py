@@ -120,7 +120,7 @@ def _steps_of(log: Path) -> list[int]:
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Returns the keys, as section.key, in which two configs differ and that change numbers."""
-    a, b = _flat(old), _flat(new)
+    a, b = flat(old), flat(new)
     free = FREE + (("run.num_steps",) if _may_grow(old) and _may_grow(new) else ())
     return [k for k in sorted(a | b) if a.get(k) != b.get(k) and not k.startswith(free)]
 
@@ -151,7 +151,8 @@ def cut_logs(folder: Path, point: Point) -> None:
             os.truncate(path, length)  # one call: a kill leaves the old length or the new
     if point.checkpoint is None:
         (folder / FINISHED).unlink(missing_ok=True)
-    (folder / "error.txt").unlink(missing_ok=True)
+    for path in folder.glob("error*.txt"):
+        path.unlink(missing_ok=True)
 
 
 def log_lengths(folder: Path) -> dict[str, int]:
@@ -286,9 +287,10 @@ def _may_grow(tree: Mapping[str, Any]) -> bool:
     return tree["optimizer"]["schedule"] == "constant"
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns {section.key: value} of a config."""
+    found: dict[str, Any] = {}
     for key, value in tree.items():
         inner = isinstance(value, Mapping)
-        flat |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return found

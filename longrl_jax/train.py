@@ -2,11 +2,13 @@
 
 import argparse
 import dataclasses
+import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from longrl_jax import config, platform, run_folder
 
@@ -27,11 +29,15 @@ The run folder (run.dir) holds
   journal/                  rollouts and rewards of the steps since the newest checkpoint (grpo)
   export/                   the trained model as a Hugging Face folder
   finished.json             the last step, once nothing is left to do
-  error.txt                 where a run that failed has failed
+  error.txt                 where a run that failed has failed (error_1.txt: process 1 of several)
 
 A run that was stopped, however, goes on when the same command is given again: from its newest
 checkpoint, without sampling again what the journal holds. Keys that change no number (mesh, store,
 worker counts, run.keep, ...) may be changed then, and run.num_steps be raised.
+
+Several hosts: the same command on each, with mesh.processes (srun starts them; by hand each one
+also gets mesh.process and mesh.coordinator). Process 0 writes the run folder, which all must see;
+all write the checkpoints. An evaluation during training is shared out like the prompts of a step.
 """
 COMPILE_CACHE = Path("cache/jax")
 
@@ -41,26 +47,51 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     try:
         cfg = config.load(args.config, args.overrides)
-        folder = Path(cfg.run.dir)
-        held = _take(folder)
-        point = run_folder.find(folder, dataclasses.asdict(cfg))
-        if point != run_folder.Point() or (folder / "metrics.jsonl").exists():
-            sys.stdout.write(f"{run_folder.describe(folder, point, cfg.run.num_steps)}\n")
-            sys.stdout.flush()
+    except ValueError as error:
+        sys.exit(f"longrl_jax.train: {error}")
+    if cfg.mesh.processes == 1:
+        _train(cfg)
+        return
+    try:
+        _train(cfg)
+    except BaseException as error:
+        _leave_the_others(error)
+
+
+def _train(cfg: config.Config) -> None:
+    folder = Path(cfg.run.dir)
+    alone = cfg.mesh.processes == 1
+    try:
+        held = _begin(cfg) if alone else None
         platform.prepare(cfg.mesh, cfg.rollout, compilation_cache=str(COMPILE_CACHE))
-        run_folder.write_synced(folder / "resolved.yaml", config.to_yaml(cfg).encode())
+        if alone:
+            _write_resolved(cfg)
+        else:
+            held = _begin_together(cfg)
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"longrl_jax.train: {error}")
-    from longrl_jax.stages import STAGES  # after prepare: they bring JAX
+    import jax  # after prepare
+
+    from longrl_jax import processes
+    from longrl_jax.stages import STAGES
     from rollout_bridge import EngineError
 
     try:
         check_names(cfg)
         config.pick(STAGES, cfg.stage, "stage")(cfg)
-        _write_report(folder)
+        if processes.is_first():
+            _write_report(folder)
     except Exception as error:
-        where = _keep_trace(folder / "error.txt")
-        _write_report(folder)
+        name = "error.txt" if processes.is_first() else f"error_{processes.index()}.txt"
+        where = _keep_trace(folder / name)
+        if processes.is_first():
+            _write_report(folder)
+        if not alone and isinstance(error, jax.errors.JaxRuntimeError) and _lost_another(error):
+            sys.exit(
+                f"longrl_jax.train: process {processes.index()} lost another one, whose own words "
+                "say why; the same command goes on from the newest checkpoint\n"
+                f"({str(error).splitlines()[0]}; {where})"
+            )
         # what a person can mend is one line; the rest is a bug, and its trace is shown
         if not isinstance(error, ValueError | FloatingPointError | OSError | EngineError):
             raise
@@ -68,7 +99,70 @@ def main(argv: Sequence[str] | None = None) -> None:
         notes = getattr(error, "__notes__", []) if isinstance(error, EngineError) else []
         sys.exit("\n".join([f"longrl_jax.train: {error}", *notes, f"({where})"]))
     finally:
-        held.close()
+        if held is not None:
+            held.close()
+
+
+def _begin(cfg: config.Config) -> TextIO:
+    """Takes the run folder and says where its run goes on; returns what holds it."""
+    folder = Path(cfg.run.dir)
+    held = _take(folder)
+    point = run_folder.find(folder, dataclasses.asdict(cfg))
+    if point != run_folder.Point() or (folder / "metrics.jsonl").exists():
+        sys.stdout.write(f"{run_folder.describe(folder, point, cfg.run.num_steps)}\n")
+        sys.stdout.flush()
+    return held
+
+
+def _begin_together(cfg: config.Config) -> TextIO | None:
+    """The same for many processes, of which the first one takes the folder (others: None)."""
+    from longrl_jax import processes
+
+    shared = dataclasses.replace(cfg.mesh, process=-1, coordinator="")
+    cfg = dataclasses.replace(cfg, mesh=shared)
+    mine = json.loads(json.dumps(run_folder.flat(dataclasses.asdict(cfg))))  # lists for tuples
+    for number, theirs in enumerate(processes.gather(mine)):
+        if keys := sorted(key for key in mine if mine[key] != theirs.get(key)):
+            raise ValueError(f"process {number} was started with another {', '.join(keys)}")
+    held: list[TextIO] = []
+
+    def begin() -> None:
+        held.append(_begin(cfg))
+        _write_resolved(cfg)
+
+    processes.first(begin)
+    resolved = Path(cfg.run.dir) / "resolved.yaml"
+    blind = [i for i, sees in enumerate(processes.gather(resolved.exists())) if not sees]
+    if blind:
+        raise ValueError(
+            f"run.dir={cfg.run.dir} of process 0 is not seen by processes {blind}; choose a folder "
+            "that all hosts share"
+        )
+    return held[0] if held else None
+
+
+def _write_resolved(cfg: config.Config) -> None:
+    text = config.to_yaml(cfg)
+    run_folder.write_synced(Path(cfg.run.dir) / "resolved.yaml", text.encode())
+
+
+def _lost_another(error: Exception) -> bool:
+    """Whether a transfer between processes has failed, as XLA's libraries for them say it."""
+    return any(name in str(error) for name in ("Gloo", "NCCL", "coordination service"))
+
+
+def _leave_the_others(error: BaseException) -> NoReturn:
+    """Says an error and ends this process at once: an orderly exit would wait for the others, who
+    wait for this one. Its connections close with it, and that ends them."""
+    if isinstance(error, SystemExit):
+        if not error.code:
+            raise error
+        sys.stderr.write(f"{error.code}\n")
+    else:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _take(folder: Path) -> TextIO:

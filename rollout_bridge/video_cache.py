@@ -15,7 +15,7 @@ import os
 import time
 import uuid
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,14 +40,20 @@ def entry_key(
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def weights_digest(arrays: Mapping[str, Any], *, about: str = "") -> str:
+def weights_digest(
+    arrays: Mapping[str, Any],
+    *,
+    about: str = "",
+    to_host: Callable[[Any], np.ndarray] = np.asarray,
+) -> str:
     """Returns a digest of names, shapes, dtypes and bytes; the mapping's order does not count.
 
-    about: what else the numbers depend on, such as sizes that no array shows.
+    about: what else the numbers depend on, such as sizes that no array shows. to_host: fetches an
+    array; arrays are fetched in the order of their names.
     """
     digest = hashlib.sha256(about.encode())
     for name in sorted(arrays):
-        array = np.asarray(arrays[name])
+        array = to_host(arrays[name])
         digest.update(json.dumps([name, str(array.dtype), list(array.shape)]).encode())
         digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         del array

@@ -38,6 +38,28 @@ def assert_row(batch, row=0, **drawn):
 SMALL = make_group(make_prompt([10, 11, 12]), [20, 21, 22], [30])
 
 
+def test_processes_lay_out_the_rows_of_their_groups_as_one_would_lay_out_all():
+    other = make_group(make_prompt([1, V, V, 2, 3, 4], key="film"), [5, 6], [7, 8, 9, 7, 8])
+    features = np.arange(6, dtype=np.float32).reshape(2, 3)
+    whole, _ = lay_out([SMALL, other], features=[None, features], num_rows=3)
+    told = []  # each process tells its shape, and is told what fits all
+
+    def agree(shape):
+        told.append(shape)
+        return batching.common_shape(told)
+
+    for _ in range(2):
+        parts = [
+            lay_out([SMALL], agree=agree)[0],
+            lay_out([other], features=[features], agree=agree)[0],
+            lay_out([], advantages=[], agree=agree)[0],  # all of its videos were refused
+        ]
+    together = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
+    for got, want in zip(jax.tree.leaves(together), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(got, want)
+        assert got.dtype == want.dtype
+
+
 def test_a_group_is_one_row():
     batch, _ = lay_out([SMALL], advantages=[np.array([2.0, -1.0], np.float32)])
     assert_row(

@@ -57,6 +57,12 @@ def test_the_resolved_config_is_a_config(path, tmp_path):
         ),
         ("attention.ulysses=2", "attention.ulysses=2 is for attention.kind=2d, the kind is ring"),
         ("attention={kind: 2d, ulysses: 3}", "attention.ulysses=3 does not divide mesh.seq=1"),
+        ("mesh={seq: 8, processes: 2}", r"does not divide mesh.data \* mesh.fsdp = 1: a row's dev"),
+        ("mesh={fsdp: 2, processes: 2, process: 1}", "mesh.process=1 and mesh.coordinator=''"),
+        (
+            "mesh={fsdp: 2, processes: 2, process: 2, coordinator: 'a:1'}",
+            r"mesh.process=2 must be 0 to 1",
+        ),
         ("stage=ppo", "stage='ppo' is unknown; choose one of grpo, perception, sft"),
         ("rollout.num_samples=1", "at least 2"),
         ("model.frozen=[]", "lacks 'vision'"),

@@ -5,7 +5,7 @@ is never saved, because that dies with another number of workers (docs/design.md
 """
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -48,17 +48,20 @@ def prompts(
     num_steps: int,
     workers: int,
     on_refused: OnRefused,
+    part: range | None = None,
 ) -> Generator[list[Prompt | None], None, None]:
     """Yields num_steps lists of `groups` prompts, those after the first first_step steps.
 
     Step s (from 1) is the s-th slice of an endless stream in which every epoch is another order of
     the source. A record that cannot be read or encoded (ValueError) leaves None in its place, and
     on_refused is called for it, here, in the order of the steps. workers: processes that read
-    and encode (which must then be picklable); 0: this one. Close the generator to leave early.
+    and encode (which must then be picklable); 0: this one. part: places of a step that are read
+    and listed (None: all); others' records are not touched. Close the generator to leave early.
     """
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     wanted = order[first_step * groups : (first_step + num_steps) * groups]
-    steps = wanted.map(_Reader(source, encode)).batch(groups, batch_fn=list)
+    read = _StepReader(_Reader(source, encode), range(groups) if part is None else part)
+    steps = wanted.batch(groups, batch_fn=list).map(read)
     iterator = iter(_with_workers(steps, workers))
     try:
         for step, results in enumerate(iterator, start=first_step + 1):
@@ -95,6 +98,17 @@ class _Reader:
             return self.encode(example)
         except ValueError as error:
             return _Refused(example, error)
+
+
+@dataclasses.dataclass(frozen=True)
+class _StepReader:
+    """Reads the records at the places `part` of a step's numbers."""
+
+    read: _Reader
+    part: range
+
+    def __call__(self, numbers: Sequence[int]) -> list[Prompt | _Refused]:
+        return [self.read(int(numbers[place])) for place in self.part]
 
 
 def _with_workers(steps: Any, workers: int) -> Any:

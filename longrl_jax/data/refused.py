@@ -2,16 +2,28 @@
 
 import json
 from pathlib import Path
-from typing import Self
+from typing import Any, Self, TextIO
 
+from longrl_jax import processes
 from longrl_jax.types import Example
 
 
 class RefusedLog:
-    """Owner of a run's refused.jsonl; every row is on disk as soon as it is added."""
+    """Owner of a run's refused.jsonl; every row is on disk as soon as it is added.
+
+    In a run of many processes the first one owns the file; the rows of the others get there by
+    `settle`, which all of them call.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self._untold: list[dict[str, Any]] = []
+        self.count = 0
+        """Rows of the file: a run that goes on counts on. Elsewhere than in the first process it is
+        as of the last `settle`."""
+        self._file: TextIO | None = None
+        if not processes.is_first():
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = []
         if self.path.exists():
@@ -19,7 +31,6 @@ class RefusedLog:
         self._of_evaluations = {(r["id"], r["message"]) for r in rows if r["step"] == 0}
         self._file = self.path.open("a", encoding="utf-8")
         self.count = len(rows)
-        """Rows of the file: a run that goes on counts on."""
 
     def add(self, record: Example | str, error: ValueError, *, step: int) -> None:
         """Writes one row: step, id, video, type and kind of the error, message.
@@ -36,16 +47,33 @@ class RefusedLog:
             "kind": getattr(error, "kind", ""),
             "message": str(error),
         }
-        if step == 0:
+        if self._file is None:
+            self._untold.append(row)
+        else:
+            self._write(row, self._file)
+
+    def settle(self) -> int:
+        """Writes down what other processes have refused since the last call; returns `count`."""
+        told = processes.joined(self._untold)
+        self._untold = []
+        if self._file is not None:
+            for row in told:
+                self._write(row, self._file)
+        self.count = processes.gather(self.count)[0]
+        return self.count
+
+    def _write(self, row: dict[str, Any], file: TextIO) -> None:
+        if row["step"] == 0:
             if (row["id"], row["message"]) in self._of_evaluations:
                 return
             self._of_evaluations.add((row["id"], row["message"]))
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        file.write(json.dumps(row) + "\n")
+        file.flush()
         self.count += 1
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self

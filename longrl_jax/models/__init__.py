@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from longrl_jax.models import hf_files, qwen2, vila, weights
+from longrl_jax.models.weights import to_host as to_host
 from longrl_jax.platform import disk_error
 
 BACKBONES: dict[str, ModuleType] = {"qwen2": qwen2, "vila": vila}
@@ -174,6 +175,13 @@ def stage_weights(params: nnx.State, stage: str) -> dict[str, Any]:
     return {p: x for p, x in weights.by_path(params).items() if p.startswith(parts)}
 
 
+def input_weights(params: nnx.State, stage: str) -> dict[str, Any]:
+    """Returns {path: array} of every parameter between a token or a stored feature of `stage` and
+    the language model's input."""
+    parts = ("text.table",) if stage == "projected" else ("text.table", "projector.")
+    return {p: x for p, x in weights.by_path(params).items() if p.startswith(parts)}
+
+
 def write_parts(
     folder: Path,
     backbone: ModuleType,
@@ -189,12 +197,30 @@ def write_parts(
     weights.check_same_keys(arrays, table)  # below, each sub-folder sees its own rows only
     for sub in backbone.FOLDERS:
         start = f"{sub}/" if sub else ""
-        rows = {path: row for path, row in table.items() if row.hf.startswith(start)}
-        ours = weights.to_hf({path: arrays[path] for path in rows}, rows, dtype_of=dtype_of)
+        ours = _tensors_below(start, table, arrays, dtype_of)
         names = [n for n in source or () if n.startswith(start) and n.startswith(backbone.IGNORED)]
         unused = ((name, source[name]) for name in names) if source is not None else ()
         inner = ((name.removeprefix(start), x) for name, x in itertools.chain(ours, unused))
         hf_files.write_tensors(folder / sub, inner, shard_size_bytes=shard_size_bytes)
+
+
+def follow_save(model: nnx.Module | nnx.State, cfg: Any) -> None:
+    """Gathers, in the other processes of a run, what `save` gathers in the one that writes."""
+    backbone = next(b for b in BACKBONES.values() if isinstance(cfg, b.Config))
+    for sub in backbone.FOLDERS:
+        start = f"{sub}/" if sub else ""
+        for _ in _tensors_below(start, backbone.table(cfg), arrays_of(model), None):
+            pass
+
+
+def _tensors_below(
+    start: str,
+    table: weights.Table,
+    arrays: Mapping[str, weights.Leaf],
+    dtype_of: Callable[[str], np.dtype] | None,
+) -> Iterator[tuple[str, np.ndarray]]:
+    rows = {path: row for path, row in table.items() if row.hf.startswith(start)}
+    return weights.to_hf({path: arrays[path] for path in rows}, rows, dtype_of=dtype_of)
 
 
 def write_whole(folder: Path, write: Callable[[Path], None]) -> None:

@@ -149,6 +149,19 @@ def check_same_keys(arrays: Mapping[str, Leaf], table: Table) -> None:
         raise ValueError(f"parameter table and model disagree on {diff}")
 
 
+def to_host(x: Any) -> np.ndarray:
+    """Returns an array on the host, whole. Where other processes hold parts of it, all processes
+    must call this, and no device holds more than a layer of a stack at a time."""
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    if x.ndim < 3:
+        return _to_host(x)
+    out = np.empty(x.shape, x.dtype)
+    for i, part in enumerate(out):
+        part[...] = _to_host(x, i)
+    return out
+
+
 def _to_host(x: Any, i: int | None = None) -> np.ndarray:
     if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding):
         x = _gather(x.sharding.mesh, i is not None)(x, i or 0)

@@ -226,5 +226,6 @@ def _embed(cfg: Config, policy: Policy, state: step.TrainState, row: Row) -> Pha
         width = policy.backbone.feature_width(policy.model_cfg, policy.stage)
         features = shape(1, size, width, dtype=policy.compute_dtype)
     inputs = shape(1, size, dtype=jnp.int32), shape(1, size, dtype=bool), features
-    program = opened.make_embed_program(policy)
-    return Phase("embed", program.trace(step.all_params(state), *inputs), inputs)
+    mine, others = opened.split_inputs(policy, state)
+    program = opened.make_embed_program(policy, others)
+    return Phase("embed", program.trace(mine, *inputs), inputs)

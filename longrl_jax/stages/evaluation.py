@@ -3,22 +3,20 @@
 import dataclasses
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 import rollout_bridge
-from longrl_jax import rewards, scores
+from longrl_jax import processes, rewards, scores
 from longrl_jax.config import Config
 from longrl_jax.data import prompts as prompt_text
 from longrl_jax.scores import ALL, Row
-from longrl_jax.stages.policy import Policy
+from longrl_jax.stages.policy import Inputs, Policy
 from longrl_jax.stages.questions import Embed
 from longrl_jax.types import Prompt, Sample, Scored
-
-Inputs = Callable[[Sequence[Prompt], Sequence[np.ndarray | None]], list[np.ndarray]]
 
 MAX_QUESTIONS = 64
 """Questions that the engines get at once. On two CPU cores 128 questions to a tiny model take 3.7 s
@@ -50,16 +48,18 @@ def evaluate(
 ) -> dict[str, float]:
     """Answers every prompt greedily; returns the mean of every reward part, overall and by kind.
 
-    The engines must hold the weights that `inputs` embeds with. Scores go to evaluation.json, with
-    95 % intervals ("<name>/low", "<name>/high"; those over all kinds are returned too), and every
-    answer to evaluation_answers.jsonl, in run.dir. Videos that cannot be read are refused and leave
-    the means.
+    asked: this process's part of the questions; the scores are of all. The engines must hold the
+    weights that `inputs` embeds with. Scores go to evaluation.json, with 95 % intervals
+    ("<name>/low", "<name>/high"; those over all kinds are returned too), and every answer to
+    evaluation_answers.jsonl, in run.dir. Videos that cannot be read are refused and leave the
+    means.
     """
-    questions = answer(cfg, policy, engines, asked, embed, inputs, mode=Mode())
+    questions = processes.joined(answer(cfg, policy, engines, asked, embed, inputs, mode=Mode()))
     flat = {"questions": float(len(questions))} | flattened(questions)
-    folder = Path(cfg.run.dir)
-    (folder / "evaluation.json").write_text(json.dumps({"step": step} | flat, indent=1) + "\n")
-    write_answers(folder / "evaluation_answers.jsonl", questions)
+    if processes.is_first():
+        folder = Path(cfg.run.dir)
+        (folder / "evaluation.json").write_text(json.dumps({"step": step} | flat, indent=1) + "\n")
+        write_answers(folder / "evaluation_answers.jsonl", questions)
     kinds = {scores.kind_name(rows[0]["kind"]) for rows in questions}
     bounds = tuple(f"/{kind}/{bound}" for kind in kinds for bound in ("low", "high"))
     return {name: value for name, value in flat.items() if not name.endswith(bounds)}
@@ -82,7 +82,13 @@ def answer(
     """
     items: list[list[Scored]] = []
     drawn: list[tuple[Sample, ...]] = []
-    with tqdm(total=len(asked), desc=mode.name, unit="question", leave=False) as bar:
+    with tqdm(
+        total=len(asked),
+        desc=mode.name,
+        unit="question",
+        leave=False,
+        disable=not processes.is_first(),
+    ) as bar:
         for part in _batches(asked):
             kept, features = embed(part, 0)  # step 0: not of the training
             samples = rollout_bridge.generate_all(

@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 
 import rollout_bridge
-from longrl_jax import journal, rewards
+from longrl_jax import journal, processes, rewards
 from longrl_jax.advantages import ADVANTAGES
 from longrl_jax.config import Config, pick
 from longrl_jax.data.refused import RefusedLog
@@ -37,7 +37,8 @@ def run(cfg: Config) -> None:
     folder = Path(cfg.run.dir)
     policy, state = opened.open_policy(cfg)
     encoder = opened.open_encoder(policy, state)
-    to_inputs = opened.make_prompt_embedder(policy, smallest_bucket=cfg.batch.smallest_bucket)
+    smallest = cfg.batch.smallest_bucket
+    to_inputs = opened.make_prompt_embedder(policy, state, smallest_bucket=smallest)
     reference = opened.open_reference(cfg, policy, state)
     pass_logps = update.make_pass_logps(cfg, policy)
     train_step = update.make_grpo_update(cfg, policy, state)
@@ -56,18 +57,21 @@ def run(cfg: Config) -> None:
         for number, asked in questions.training(cfg, policy, refused, first_step=saver.first_step):
             kept, features = embed(asked, number)
             values: dict[str, Any] = {}
-            empty_steps = questions.count_empty(kept, empty_steps, refused)
-            if kept:
-                entry = saver.replayed(number, kept)  # of a run that was killed after sampling
+            place = before, num_groups = processes.place_of(len(kept))
+            empty_steps = questions.count_empty(num_groups, empty_steps, refused)
+            if num_groups:
+                entry = saver.replayed(number, kept, place)  # of a run killed after sampling
                 if entry is None:
                     with phases.phase("embed"):
-                        embeddings = to_inputs(state, kept, features)
-                    entry = draw(cfg, policy, engines, kept, embeddings, phases, number=number)
+                        embeddings = to_inputs(state)(kept, features)
+                    seeds = [sample_seed(cfg.seed, number, before + i) for i in range(len(kept))]
+                    entry = draw(cfg, policy, engines, kept, embeddings, phases, seeds=seeds)
                     with phases.phase("journal"):
                         saver.journal(number, entry)
                 with phases.phase("batch"):
                     reward_GR, valid_GR = totals(cfg, entry)
-                    advantage_GR = advantage(reward_GR, valid_GR)
+                    advantage_GR = advantage(*map(of_all_groups, (reward_GR, valid_GR)))
+                    advantage_GR = advantage_GR[before : before + len(kept)]
                     passes = update.make_passes(
                         cfg, policy, entry.groups, features, list(advantage_GR)
                     )
@@ -82,19 +86,22 @@ def run(cfg: Config) -> None:
                 update.stop_if_not_finite(means, number=number, save=save)
                 with phases.phase("push"):
                     opened.push(engines, policy, state, version=number)
-                values = means | reward_values(reward_GR, valid_GR, entry) | entry.values
-                log.rollouts(number, answer_rows(cfg, policy, entry, advantage_GR))
+                sums = reward_sums(reward_GR, valid_GR, entry) | entry.sums
+                values = means | averages(processes.added(sums))
+                rows = answer_rows(cfg, policy, entry, advantage_GR)
+                log.rollouts(number, processes.joined(rows))
             counts = {
-                "groups": len(kept),
-                "refused": refused.count,
+                "groups": num_groups,
+                "refused": refused.settle(),
                 "compilations": train_step.num_compilations + pass_logps.num_compilations,
             }
             log.step(number, values | counts | phases.take(), shown=SHOWN)
             scores = None
-            if held_out and is_due(cfg, number):
-                inputs = functools.partial(to_inputs, state)
+            if cfg.data.validation and is_due(cfg, number):
+                inputs = to_inputs(state)
                 scores = evaluate(cfg, policy, engines, held_out, embed, inputs, step=number)
                 log.evaluation(number, scores)
+                refused.settle()
             saver.after_step(number, state, scores)
             phases.take()  # the seconds of evaluation and checkpoint belong to no step
         saver.finish(state)
@@ -108,14 +115,14 @@ def draw(
     embeddings: Sequence[np.ndarray],
     phases: Phases,
     *,
-    number: int,
+    seeds: Sequence[int],
 ) -> journal.Entry:
-    """Samples answers to every prompt of a step and judges them, all at once."""
+    """Samples answers to this process's prompts of a step and judges them, all at once."""
     with phases.phase("rollout"):
-        groups, hits = roll_out(cfg, engines, asked, embeddings, number=number)
+        groups, sums = roll_out(cfg, engines, asked, embeddings, seeds=seeds)
     with phases.phase("reward"):
         parts = rewards.score(answers(cfg, policy, groups), cfg.rewards)
-    return journal.Entry(groups=groups, parts=parts, values=hits)
+    return journal.Entry(groups=groups, parts=parts, sums=sums)
 
 
 def roll_out(
@@ -124,12 +131,12 @@ def roll_out(
     asked: Sequence[Prompt],
     embeddings: Sequence[np.ndarray],
     *,
-    number: int,
-) -> tuple[list[Rollout], dict[str, float]]:
-    """Draws rollout.num_samples answers to every prompt; seeds depend on (seed, step, place).
+    seeds: Sequence[int],
+) -> tuple[list[Rollout], dict[str, tuple[float, float]]]:
+    """Draws rollout.num_samples answers to every prompt, whose seeds are of `sample_seed`.
 
-    Returns the groups, and the share of their prompt tokens that no engine had to prefill: R
-    samples of one prompt of P tokens share (R-1) * floor((P-1) / block) * block of R * P.
+    Returns the groups and the share, (sum, count), of prompt tokens that no engine had to prefill:
+    R samples of one prompt of P tokens share (R-1) * floor((P-1) / block) * block of R * P.
     """
     before = prefix_cache_counts(engines)
     samples = rollout_bridge.generate_all(
@@ -138,14 +145,14 @@ def roll_out(
         num_samples=cfg.rollout.num_samples,
         temperature=cfg.rollout.temperature,
         max_tokens=cfg.rollout.max_tokens,
-        seeds=[sample_seed(cfg.seed, number, place) for place in range(len(asked))],
+        seeds=seeds,
     )
     hits, queries = prefix_cache_counts(engines) - before
     groups = [
         Rollout(prompt=prompt, samples=drawn, policy_version=engines[0].version or 0)
         for prompt, drawn in zip(asked, samples, strict=True)
     ]
-    return groups, {"rollout/prefix_hits": float(hits / max(queries, 1))}
+    return groups, {"rollout/prefix_hits": (float(hits), float(queries))}
 
 
 def prefix_cache_counts(engines: Sequence[rollout_bridge.Engine]) -> np.ndarray:
@@ -155,7 +162,10 @@ def prefix_cache_counts(engines: Sequence[rollout_bridge.Engine]) -> np.ndarray:
 
 
 def sample_seed(seed: int, number: int, place: int) -> int:
-    """Returns the seed of a group's first sample; sample r has that plus r. 0 to 2**31 - 1."""
+    """Returns the seed of a group's first sample; sample r has that plus r. 0 to 2**31 - 1.
+
+    place: among the groups of the step, those of all processes counted.
+    """
     return int(np.random.SeedSequence([seed, number, place]).generate_state(1)[0] >> 1)
 
 
@@ -175,26 +185,33 @@ def totals(
     return reward_GR, valid_GR
 
 
-def reward_values(
+def of_all_groups(mine_GR: Shaped[np.ndarray, "G R"]) -> Shaped[np.ndarray, "H R"]:
+    """Returns what all processes have of a step, group after group."""
+    return np.array(processes.joined(mine_GR.tolist()), mine_GR.dtype)
+
+
+def reward_sums(
     reward_GR: Float[np.ndarray, "G R"], valid_GR: Bool[np.ndarray, "G R"], entry: journal.Entry
-) -> dict[str, float]:
-    """Returns means of every reward part, and what says whether there is anything to learn from.
+) -> dict[str, tuple[float, float]]:
+    """Returns (sum, count) of every reward part, and of what says whether there is anything to
+    learn from, so that those of many processes add up.
 
     `reward/mixed` is the share of groups whose valid rewards differ: the others have no gradient.
     """
     known = [p for p in entry.parts if p is not None]
-    values = {f"reward/{k}": float(np.mean([p[k] for p in known])) for k in (known or [{}])[0]}
-    lengths = [len(sample.tokens) for g in entry.groups for sample in g.samples]
-    cut = [sample.finish_reason == "length" for g in entry.groups for sample in g.samples]
+    samples = [sample for group in entry.groups for sample in group.samples]
     spread = [
         np.ptp(r[v]) > 0 if v.any() else False for r, v in zip(reward_GR, valid_GR, strict=True)
     ]
-    return values | {
-        "reward/mixed": float(np.mean(spread)),
-        "reward/invalid": float(1 - valid_GR.mean()),
-        "prompt/tokens": float(np.mean([len(g.prompt.tokens) for g in entry.groups])),
-        "answer/tokens": float(np.mean(lengths)),
-        "answer/cut_off": float(np.mean(cut)),
+    sums: dict[str, tuple[float, float]] = {
+        f"reward/{k}": (sum(p[k] for p in known), len(known)) for k in (known or [{}])[0]
+    }
+    return sums | {
+        "reward/mixed": (int(np.sum(spread)), len(spread)),
+        "reward/invalid": (int((~valid_GR).sum()), valid_GR.size),
+        "prompt/tokens": (sum(len(g.prompt.tokens) for g in entry.groups), len(entry.groups)),
+        "answer/tokens": (sum(len(sample.tokens) for sample in samples), len(samples)),
+        "answer/cut_off": (sum(s.finish_reason == "length" for s in samples), len(samples)),
     }
 
 

@@ -74,7 +74,7 @@ def run(cfg: Config) -> None:
         for number, asked in questions.training(cfg, policy, refused):
             kept, features = embed(labelled(cfg, asked, refused, number), number)
             values: dict[str, Any] = {}
-            empty_steps = questions.count_empty(kept, empty_steps, refused)
+            empty_steps = questions.count_empty(len(kept), empty_steps, refused)
             if kept:
                 with phases.phase("update"):
                     batch = make_batch(kept, features, frame_words, film_words, cfg.batch.groups)

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,21 @@ import optax
 from flax import nnx
 
 import rollout_bridge
-from longrl_jax import encode, models, step
+from longrl_jax import encode, models, processes, step
 from longrl_jax.batching import bucket
 from longrl_jax.config import Config
 from longrl_jax.data import prompts
 from longrl_jax.optimizer import make_optimizer
-from longrl_jax.sharding import AXES, make_mesh, ulysses_size
+from longrl_jax.sharding import AXES, make_mesh, to_local, ulysses_size
 from longrl_jax.types import Prompt, VideoLayout
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """One of them is in every folder with a tokenizer."""
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+Features = np.ndarray | None
+"""Stored rows of a prompt's media tokens [M, C]; None: text only."""
+Inputs = Callable[[Sequence[Prompt], Sequence[Features]], list[np.ndarray]]
+"""Prompts and their features -> the engine's input, [P, D] each."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,8 @@ class Policy:
 def open_policy(cfg: Config, *, trains: bool = True) -> tuple[Policy, step.TrainState]:
     """Loads model.path onto the mesh; parts that are not frozen get an optimizer, if it trains."""
     mesh = make_mesh(**{axis: getattr(cfg.mesh, axis) for axis in AXES})
+    owners = [device.process_index for device in mesh.devices.flat]
+    assert owners == sorted(owners), f"the rows of a process are not neighbours: {owners}"
     folder = Path(cfg.model.path)
     backbone = models.backbone_of(folder)
     check_heads(backbone.text_config(backbone.read_config(folder)), cfg)
@@ -143,7 +149,9 @@ def open_reference(cfg: Config, policy: Policy, state: step.TrainState) -> nnx.S
     params = nnx.state(model, nnx.Param)
     if policy.layout is not None:
         ours, theirs = (
-            rollout_bridge.weights_digest(models.stage_weights(p, policy.stage))
+            rollout_bridge.weights_digest(
+                models.stage_weights(p, policy.stage), to_host=models.to_host
+            )
             for p in (step.all_params(state), params)
         )
         if ours != theirs:
@@ -156,53 +164,72 @@ def open_reference(cfg: Config, policy: Policy, state: step.TrainState) -> nnx.S
 
 
 def open_encoder(policy: Policy, state: step.TrainState) -> encode.Encoder | None:
-    """Returns the frozen media stages on the mesh; None for a text-only model."""
+    """Returns the frozen media stages on this process's devices; None for a text-only model."""
     if policy.layout is None:
         return None
     frozen = models.stage_weights(state.frozen, policy.stage)
+    applied, others = split_off(step.all_params(state), frozen)
     return encode.make_encoder(
         policy.graphdef,
-        state.frozen,
-        state.params,
+        jax.tree.map(to_local, applied),
+        others,
         stage=policy.stage,
         width=policy.backbone.feature_width(policy.model_cfg, policy.stage),
         dtype=policy.compute_dtype,
-        mesh=policy.mesh,
+        mesh=policy.mesh.local_mesh,
         digest=rollout_bridge.weights_digest(
-            frozen, about=policy.backbone.stage_identity(policy.model_cfg, policy.stage)
+            frozen,
+            about=policy.backbone.stage_identity(policy.model_cfg, policy.stage),
+            to_host=models.to_host,
         ),
     )
 
 
 def make_prompt_embedder(
-    policy: Policy, *, smallest_bucket: int
-) -> Callable[[step.TrainState, Sequence[Prompt], Sequence[np.ndarray | None]], list[np.ndarray]]:
-    """Returns a function that makes the engine's input [P, D] from the current weights.
+    policy: Policy, state: step.TrainState, *, smallest_bucket: int
+) -> Callable[[step.TrainState], Inputs]:
+    """Returns a function that makes, from the weights of a state, one that embeds prompts.
 
     Text rows come from the token table and, where the projector is trained, media rows from the
-    projector of this very step; only the stored features below them are reused.
+    projector of that very state; only the stored features below them are reused. All processes
+    must call the function with a state; what it returns each one calls by itself.
     """
+    _, others = split_inputs(policy, state)
+    program = make_embed_program(policy, others)
 
-    program = make_embed_program(policy)
+    def inputs_of(state: step.TrainState) -> Inputs:
+        mine = jax.tree.map(to_local, split_inputs(policy, state)[0])
 
-    def embed(
-        state: step.TrainState, asked: Sequence[Prompt], features: Sequence[np.ndarray | None]
-    ) -> list[np.ndarray]:
-        params, out = step.all_params(state), []
-        for prompt, stored_MC in zip(asked, features, strict=True):
-            P = len(prompt.tokens)
-            size = embed_tokens(policy, P, smallest_bucket)
-            tokens_1P, is_media_1P = np.zeros((1, size), np.int32), np.zeros((1, size), bool)
-            tokens_1P[0, :P], is_media_1P[0, :P] = prompt.tokens, prompt.is_media
-            features_1PC = None
-            if stored_MC is not None:
-                features_1PC = np.zeros((1, size, stored_MC.shape[-1]), stored_MC.dtype)
-                features_1PC[0, :P][prompt.is_media] = stored_MC
-            x_PD = program(params, tokens_1P, is_media_1P, features_1PC)
-            out.append(np.asarray(x_PD)[:P])
-        return out
+        def embed(asked: Sequence[Prompt], features: Sequence[Features]) -> list[np.ndarray]:
+            out = []
+            for prompt, stored_MC in zip(asked, features, strict=True):
+                P = len(prompt.tokens)
+                size = embed_tokens(policy, P, smallest_bucket)
+                tokens_1P, is_media_1P = np.zeros((1, size), np.int32), np.zeros((1, size), bool)
+                tokens_1P[0, :P], is_media_1P[0, :P] = prompt.tokens, prompt.is_media
+                features_1PC = None
+                if stored_MC is not None:
+                    features_1PC = np.zeros((1, size, stored_MC.shape[-1]), stored_MC.dtype)
+                    features_1PC[0, :P][prompt.is_media] = stored_MC
+                x_PD = program(mine, tokens_1P, is_media_1P, features_1PC)
+                out.append(np.asarray(x_PD)[:P])
+            return out
 
-    return embed
+        return embed
+
+    return inputs_of
+
+
+def split_inputs(policy: Policy, state: step.TrainState) -> tuple[nnx.State, nnx.State]:
+    """Returns (the parameters between a token and the language model's input, all others)."""
+    params = step.all_params(state)
+    return split_off(params, models.input_weights(params, policy.stage))
+
+
+def split_off(params: nnx.State, wanted: Collection[str]) -> tuple[nnx.State, nnx.State]:
+    """Returns (the parameters of these paths, all others)."""
+    mine, others = nnx.split_state(params, lambda path, _: ".".join(map(str, path)) in wanted, ...)
+    return mine, others
 
 
 def embed_tokens(policy: Policy, num_tokens: int, smallest_bucket: int) -> int:
@@ -211,11 +238,17 @@ def embed_tokens(policy: Policy, num_tokens: int, smallest_bucket: int) -> int:
     return -(-bucket(num_tokens, smallest_bucket) // split) * split
 
 
-def make_embed_program(policy: Policy) -> step.CountedJit:
-    """Returns (params, tokens [1, P], is_media [1, P], features [1, P, C]) -> [P, D], jitted."""
+def make_embed_program(policy: Policy, others: nnx.State) -> step.CountedJit:
+    """Returns (params, tokens [1, P], is_media [1, P], features [1, P, C]) -> [P, D], jitted.
+
+    params and others are those of split_inputs; of the others only shapes are used. It runs on this
+    process's devices.
+    """
+    shapes = jax.eval_shape(lambda: others)
 
     def embed_row(params: nnx.State, tokens_1P: Any, is_media_1P: Any, features: Any) -> jax.Array:
-        model = nnx.merge(policy.graphdef, params)
+        unused = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        model = nnx.merge(policy.graphdef, params, unused)
         x_1PD = model.embed(
             tokens_1P,
             is_media_1P,
@@ -225,7 +258,7 @@ def make_embed_program(policy: Policy) -> step.CountedJit:
         )
         return x_1PD[0]
 
-    return step.CountedJit(embed_row, mesh=policy.mesh)
+    return step.CountedJit(embed_row, mesh=policy.mesh.local_mesh)
 
 
 @contextlib.contextmanager
@@ -252,15 +285,21 @@ def push(
     *,
     version: int,
 ) -> None:
-    """Gives the language model's current weights to every engine."""
+    """Gives the language model's current weights to every engine of this process; all processes
+    must call it, and gather every layer together."""
     weights = models.llm_weights(step.all_params(state), policy.model_cfg)
     rollout_bridge.sync_all(engines, weights, version)
 
 
 def export(policy: Policy, state: step.TrainState, folder: Path, *, dtype: str = "") -> None:
-    """Writes the model as a Hugging Face folder that transformers and vLLM load.
+    """Writes the model as a Hugging Face folder that transformers and vLLM load; all processes must
+    call it, the first one writes.
 
     dtype: run.export_dtype.
     """
+    params = step.all_params(state)
+    if not processes.is_first():
+        models.follow_save(params, policy.model_cfg)
+        return
     chosen = np.dtype(DTYPES[dtype]) if dtype else None
-    models.save(folder, step.all_params(state), policy.model_cfg, policy.folder, dtype=chosen)
+    models.save(folder, params, policy.model_cfg, policy.folder, dtype=chosen)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from longrl_jax import encode
+from longrl_jax import encode, processes
 from longrl_jax.config import Config, pick
 from longrl_jax.data import SOURCES, loader, prompts
 from longrl_jax.data.longvideo_reason import RecordError
@@ -33,7 +33,7 @@ Embed = Callable[[Sequence[Prompt], int], tuple[list[Prompt], list[np.ndarray | 
 def training(
     cfg: Config, policy: Policy, refused: RefusedLog, *, first_step: int = 0
 ) -> Iterator[tuple[int, list[Prompt]]]:
-    """Yields (step, prompts) of every step after first_step; steps are numbered from 1."""
+    """Yields (step, this process's prompts) of every step after first_step, numbered from 1."""
     source = pick(SOURCES, cfg.data.source, "data.source")(Path(cfg.data.root), cfg.data.train)
     steps = loader.prompts(
         source,
@@ -46,6 +46,7 @@ def training(
         num_steps=cfg.run.num_steps - first_step,
         workers=cfg.data.loader_workers,
         on_refused=refused.add,
+        part=processes.part(cfg.batch.groups),
     )
     with contextlib.closing(steps):
         for number, asked in enumerate(steps, start=first_step + 1):
@@ -55,7 +56,8 @@ def training(
 def validation(cfg: Config, policy: Policy, refused: RefusedLog) -> list[Prompt]:
     """Returns the first run.eval_examples prompts of data.validation; none without such a file.
 
-    Raises ValueError if not one of them can be asked, and if two have the same id.
+    In a run of many processes: this one's part of them, which may be empty. Raises ValueError if
+    not one of them all can be asked, and if two have the same id.
     """
     if not cfg.data.validation:
         return []
@@ -63,7 +65,7 @@ def validation(cfg: Config, policy: Policy, refused: RefusedLog) -> list[Prompt]
     count = min(cfg.run.eval_examples, len(source))
     refuse_repeated_ids(source, count)
     indices = tqdm(
-        range(count),
+        processes.part(count),
         desc="held-out records",
         unit="record",
         leave=False,
@@ -72,9 +74,9 @@ def validation(cfg: Config, policy: Policy, refused: RefusedLog) -> list[Prompt]
     encode_prompt = prompt_encoder(cfg, policy, num_samples=1)
     asked = loader.prompts_at(source, encode_prompt, indices, on_refused=refused.add)
     kept = [prompt for prompt in asked if prompt is not None]
-    if not kept:
+    if not processes.place_of(len(kept))[1]:
         raise ValueError(
-            f"every one of {len(asked)} records of {cfg.data.validation} was refused; the reasons "
+            f"every one of {count} records of {cfg.data.validation} was refused; the reasons "
             f"are in {refused.path}"
         )
     return kept
@@ -207,9 +209,12 @@ def open_embedder(
         )
 
 
-def count_empty(groups: Sequence[Any], empty_steps: int, refused: RefusedLog) -> int:
-    """Returns how many steps in a row had no group, this one counted; too many stop the run."""
-    if groups:
+def count_empty(num_groups: int, empty_steps: int, refused: RefusedLog) -> int:
+    """Returns how many steps in a row had no group, this one counted; too many stop the run.
+
+    num_groups: of all processes.
+    """
+    if num_groups:
         return 0
     if empty_steps + 1 == MAX_EMPTY_STEPS:
         raise ValueError(

@@ -1,4 +1,7 @@
-"""What lets a stage be killed at any moment: checkpoints, the journal, and going on from them."""
+"""What lets a stage be killed at any moment: checkpoints, the journal, and going on from them.
+
+All processes of a run call everything here; the first one owns the run folder.
+"""
 
 import dataclasses
 import json
@@ -6,13 +9,14 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
 from tqdm import tqdm
 
 import rollout_bridge
-from longrl_jax import checkpoint, journal, models, run_folder, step
+from longrl_jax import checkpoint, journal, models, processes, run_folder, step
 from longrl_jax.config import Config
 from longrl_jax.metrics import WAY_OUT, RunLog
 from longrl_jax.platform import disk_error
@@ -29,8 +33,8 @@ TEXT_TOKEN_BYTES = 8  # of rollouts.jsonl, at most about that
 class Saver:
     """Owner of a run's checkpoints and journal; made by `open_saver`."""
 
-    def __init__(self, cfg: Config, policy: Policy, point: run_folder.Point, start: dict[str, str]):
-        self.first_step = point.step
+    def __init__(self, cfg: Config, policy: Policy, first_step: int, start: dict[str, str]):
+        self.first_step = first_step
         """Step after which the run goes on; 0: from the start."""
         self._folder = Path(cfg.run.dir)
         self._run = cfg.run
@@ -44,21 +48,37 @@ class Saver:
             self._folder, run.num_steps, name=name, first_step=self.first_step, wandb=run.wandb
         )
 
-    def replayed(self, number: int, asked: Sequence[Prompt]) -> journal.Entry | None:
-        """Returns the journaled rollouts and rewards of a step, None if it must be sampled."""
+    def replayed(
+        self, number: int, asked: Sequence[Prompt], place: tuple[int, int]
+    ) -> journal.Entry | None:
+        """Returns the journaled rollouts and rewards of a step, None if it must be sampled.
+
+        place: (groups of the step before these, groups of the step). It is one or the other for
+        all processes.
+        """
+        found, trouble = None, ""
         try:
-            return journal.read(self._folder / run_folder.JOURNAL, number, asked)
+            found = journal.read(self._folder / run_folder.JOURNAL, number, asked, place=place)
         except ValueError as error:
-            tqdm.write(f"{error}; step {number} is sampled again")
-            return None
+            trouble = str(error)
+        told = processes.gather([found is not None, trouble])
+        troubles = [text for _, text in told if text]
+        if troubles and processes.is_first():
+            tqdm.write(f"{troubles[0]}; step {number} is sampled again")
+        return found if all(has for has, _ in told) else None
 
     def journal(self, number: int, entry: journal.Entry) -> None:
         """Puts rollouts and rewards of a step on disk; to be called before its update."""
+        packed = processes.gather_bytes(journal.pack(entry))
         folder = self._folder / run_folder.JOURNAL
-        try:
-            journal.write(folder, number, entry)
-        except OSError as error:
-            raise disk_error(error, journal.path_of(folder, number), WAY_OUT) from error
+
+        def write() -> None:
+            try:
+                journal.write(folder, number, journal.join(packed))
+            except OSError as error:
+                raise disk_error(error, journal.path_of(folder, number), WAY_OUT) from error
+
+        processes.first(write)
 
     def after_step(
         self, number: int, state: step.TrainState, scores: Mapping[str, float] | None = None
@@ -74,13 +94,17 @@ class Saver:
             return
         started_s = time.perf_counter()
         folder = self._folder / run_folder.CHECKPOINTS
-        about = {
-            "start": self._start,
-            "scores": dict(scores) if scores is not None else None,
-            "logs": run_folder.log_lengths(self._folder),
-            "saved_unix_s": round(time.time(), 3),
-        }
+        about: dict[str, Any] = {}
+        if processes.is_first():
+            about = {
+                "start": self._start,
+                "scores": dict(scores) if scores is not None else None,
+                "logs": run_folder.log_lengths(self._folder),
+                "saved_unix_s": round(time.time(), 3),
+            }
         path = checkpoint.save(folder, state, step=number, about=about)
+        if not processes.is_first():
+            return
         checkpoint.prune(folder, keep=self._run.keep, best_metric=self._run.best_metric)
         oldest = min(meta["step"] for _, meta in run_folder.metas(self._folder))
         journal.forget(
@@ -92,12 +116,15 @@ class Saver:
         """Exports the model, if wanted, and marks the run as finished."""
         if self._run.export:
             self.export(state)
+        if not processes.is_first():
+            return
         run_folder.mark_finished(self._folder, self._run.num_steps)
         journal.forget(self._folder / run_folder.JOURNAL, self._run.num_steps)
 
     def export(self, state: step.TrainState) -> None:
         """Writes export/ in place of what an earlier end of the run has left there."""
-        shutil.rmtree(self._folder / "export", ignore_errors=True)
+        if processes.is_first():
+            shutil.rmtree(self._folder / "export", ignore_errors=True)
         dtype = self._run.export_dtype
         opened.export(self._policy, state, self._folder / "export", dtype=dtype)
 
@@ -110,9 +137,13 @@ class Saver:
                 f"run.best_metric={name!r} is no score of the evaluation; choose one of "
                 f"{', '.join(sorted(scores))}"
             )
-        saved = [meta for _, meta in run_folder.metas(self._folder)]
-        best = checkpoint.best_of(saved, name)
-        return best is None or scores[name] > best["scores"][name]
+
+        def beats_the_best() -> bool:
+            saved = [meta for _, meta in run_folder.metas(self._folder)]
+            best = checkpoint.best_of(saved, name)
+            return best is None or scores[name] > best["scores"][name]
+
+        return processes.first(beats_the_best)
 
 
 def open_saver(
@@ -122,15 +153,27 @@ def open_saver(
 
     The logs are cut to that step. reference: of the KL term, as open_reference returns it.
     """
+    parts = {"frozen": state.frozen, "trained": state.params}
+    if reference is not None:
+        parts["reference"] = reference
+    start = {
+        name: rollout_bridge.weights_digest(models.arrays_of(part), to_host=models.to_host)
+        for name, part in parts.items()
+    }
+    first_step, found = processes.first(lambda: _go_on(cfg, state, start))
+    if found:
+        state = checkpoint.restore(Path(found), state)
+    return Saver(cfg, policy, first_step, start), state
+
+
+def _go_on(cfg: Config, state: step.TrainState, start: dict[str, str]) -> tuple[int, str]:
+    """Cuts a run back to where it goes on; returns that step and its checkpoint, "" if it has none.
+
+    Of many processes one does this for all.
+    """
     folder = Path(cfg.run.dir)
     point = run_folder.find(folder, dataclasses.asdict(cfg))
     run_folder.check_disk(folder, needs(cfg, state))
-    start = {
-        "frozen": rollout_bridge.weights_digest(models.arrays_of(state.frozen)),
-        "trained": rollout_bridge.weights_digest(models.arrays_of(state.params)),
-    }
-    if reference is not None:
-        start["reference"] = rollout_bridge.weights_digest(models.arrays_of(reference))
     changed = [
         k for k, digest in _written_start(folder, point, start).items() if start.get(k) != digest
     ]
@@ -141,9 +184,7 @@ def open_saver(
         )
     run_folder.cut_logs(folder, point)
     checkpoint.sweep(folder / run_folder.CHECKPOINTS)
-    if point.checkpoint is not None:
-        state = checkpoint.restore(point.checkpoint, state)
-    return Saver(cfg, policy, point, start), state
+    return point.step, str(point.checkpoint or "")
 
 
 def _written_start(

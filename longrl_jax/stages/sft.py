@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from longrl_jax import processes
 from longrl_jax.config import Config
 from longrl_jax.data import prompts as prompt_text
 from longrl_jax.data.refused import RefusedLog
@@ -32,7 +33,8 @@ def run(cfg: Config) -> None:
     folder = Path(cfg.run.dir)
     policy, state = opened.open_policy(cfg)
     encoder = opened.open_encoder(policy, state)
-    to_inputs = opened.make_prompt_embedder(policy, smallest_bucket=cfg.batch.smallest_bucket)
+    smallest = cfg.batch.smallest_bucket
+    to_inputs = opened.make_prompt_embedder(policy, state, smallest_bucket=smallest)
     train_step = update.make_sft_update(cfg, policy, state)
     saver, state = saving.open_saver(cfg, policy, state)
     phases = Phases()
@@ -40,7 +42,9 @@ def run(cfg: Config) -> None:
         refused = stack.enter_context(RefusedLog(folder / "refused.jsonl"))
         embed = stack.enter_context(questions.open_embedder(cfg, encoder, refused, phases))
         held_out = questions.validation(cfg, policy, refused)
-        engines = stack.enter_context(opened.open_engines(cfg, policy)) if held_out else []
+        engines = (
+            stack.enter_context(opened.open_engines(cfg, policy)) if cfg.data.validation else []
+        )
         log = stack.enter_context(saver.open_log("sft"))
         empty_steps = 0
         phases.take()  # what came before belongs to no step
@@ -48,8 +52,9 @@ def run(cfg: Config) -> None:
             kept, features = embed(asked, number)
             groups = [reference_group(prompt, policy, cfg.data.template) for prompt in kept]
             means: dict[str, float] = {}
-            empty_steps = questions.count_empty(groups, empty_steps, refused)
-            if groups:
+            _, num_groups = processes.place_of(len(groups))
+            empty_steps = questions.count_empty(num_groups, empty_steps, refused)
+            if num_groups:
                 with phases.phase("update"):
                     weights = [np.ones(1, np.float32)] * len(groups)
                     passes = update.make_passes(cfg, policy, groups, features, weights)
@@ -58,17 +63,18 @@ def run(cfg: Config) -> None:
                 save = functools.partial(saver.export, state)
                 update.stop_if_not_finite(means, number=number, save=save)
             counts = {
-                "groups": len(groups),
-                "refused": refused.count,
+                "groups": num_groups,
+                "refused": refused.settle(),
                 "compilations": train_step.num_compilations,
             }
             log.step(number, means | counts | phases.take(), shown=SHOWN)
             scores = None
-            if held_out and is_due(cfg, number):
+            if cfg.data.validation and is_due(cfg, number):
                 opened.push(engines, policy, state, version=number)
-                inputs = functools.partial(to_inputs, state)
+                inputs = to_inputs(state)
                 scores = evaluate(cfg, policy, engines, held_out, embed, inputs, step=number)
                 log.evaluation(number, scores)
+                refused.settle()
             saver.after_step(number, state, scores)
             phases.take()  # the seconds of evaluation and checkpoint belong to no step
         saver.finish(state)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from longrl_jax import batching, step
+from longrl_jax import batching, processes, step
 from longrl_jax.config import Config, pick
 from longrl_jax.losses import KL_ESTIMATORS, LOSSES, nll
 from longrl_jax.optimizer import make_optimizer
@@ -23,7 +23,10 @@ def make_passes(
     features: Sequence[np.ndarray | None],
     advantages: Sequence[np.ndarray],
 ) -> Batch:
-    """Lays a step's groups out as rows, one a group, and places them on the mesh in passes."""
+    """Lays a step's groups out as rows, one a group, and places them on the mesh in passes.
+
+    Every process gives its own groups, none perhaps, for the rows of its own devices.
+    """
     return batching.place(make_host_passes(cfg, groups, features, advantages), policy.mesh)
 
 
@@ -38,13 +41,20 @@ def make_host_passes(
         groups,
         features=features,
         advantages=advantages,
-        num_rows=num_rows(cfg),
+        num_rows=num_rows(cfg) // processes.count(),
         num_shards=cfg.mesh.seq,
         smallest_bucket=cfg.batch.smallest_bucket,
         max_row_tokens=cfg.batch.max_row_tokens,
         share_videos=False,  # a step has one row a group whatever is shared; rows would only grow
+        agree=_agree if processes.count() > 1 else None,
     )
-    return batching.split_passes(rows, cfg.batch.rows_per_pass)
+    return batching.split_passes(rows, cfg.batch.rows_per_pass // processes.count())
+
+
+def _agree(shape: batching.RowShape) -> batching.RowShape:
+    told = processes.gather(dataclasses.asdict(shape))
+    shapes = [batching.RowShape(**{**x, "rope_dims": tuple(x["rope_dims"])}) for x in told]
+    return batching.common_shape(shapes)
 
 
 def num_rows(cfg: Config) -> int:

@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import multiprocessing
 
@@ -52,7 +53,7 @@ def nobody(record, error, *, step):
     raise AssertionError(f"step {step}: {record} refused: {error}")
 
 
-def numbers(source, *, seed=0, groups=4, first_step=0, num_steps=10, workers=0, told=nobody):
+def numbers(source, *, seed=0, groups=4, first_step=0, num_steps=10, told=nobody, part=None):
     """Returns the record numbers of every step, None where one was refused."""
     steps = loader.prompts(
         source,
@@ -61,8 +62,9 @@ def numbers(source, *, seed=0, groups=4, first_step=0, num_steps=10, workers=0, 
         groups=groups,
         first_step=first_step,
         num_steps=num_steps,
-        workers=workers,
+        workers=0,
         on_refused=told,
+        part=part,
     )
     return [[p and int(p.tokens[0]) for p in step] for step in steps]
 
@@ -79,6 +81,32 @@ def test_steps_are_slices_of_one_stream(source):
     fours = numbers(source, groups=4, num_steps=9)
     twelves = numbers(source, groups=12, num_steps=3)  # more than the source has
     assert sum(fours, []) == sum(twelves, [])
+
+
+class Noted:
+    """A source that notes which records were read."""
+
+    def __init__(self, source):
+        self._source = source
+        self.read = []
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return self._source[index]
+
+
+@pytest.mark.parametrize("bounds", [(0, 2, 4), (0, 1, 1, 4), (0, 1, 2, 3, 4)])
+def test_processes_read_parts_of_the_steps_of_one(source, bounds):
+    whole = numbers(source)
+    parts = []
+    for start, stop in itertools.pairwise(bounds):
+        noted = Noted(source)
+        parts.append(numbers(noted, part=range(start, stop)))
+        assert len(noted.read) == (stop - start) * len(whole)  # none of another's is read
+    assert [sum(step, []) for step in zip(*parts, strict=True)] == whole
 
 
 @pytest.mark.parametrize("first_step", [0, 1, 4, 9])

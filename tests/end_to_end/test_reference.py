@@ -20,7 +20,7 @@ def test_large_updates_leave_the_reference_alone(configured, tmp_path):
     assert policy.stage == "packed"
     reference = opened.open_reference(cfg, policy, state)
     encoder = opened.open_encoder(policy, state)
-    to_inputs = opened.make_prompt_embedder(policy, smallest_bucket=64)
+    to_inputs = opened.make_prompt_embedder(policy, state, smallest_bucket=64)
     pass_logps = update.make_pass_logps(cfg, policy)
     train_step = update.make_grpo_update(cfg, policy, state)
     with (
@@ -33,7 +33,7 @@ def test_large_updates_leave_the_reference_alone(configured, tmp_path):
         pushes = [np.full(1, sign, np.float32) for sign in (1.0, -1.0, 1.0, -1.0)]
         passes = update.make_passes(cfg, policy, groups, features, pushes)
         before = np.asarray(pass_logps(reference, passes)[0])
-        inputs_before = to_inputs(state, kept, features)
+        inputs_before = to_inputs(state)(kept, features)
         for _ in range(2):
             state, _ = train_step(state, passes, before)
         np.testing.assert_array_equal(pass_logps(reference, passes)[0], before)
@@ -42,7 +42,7 @@ def test_large_updates_leave_the_reference_alone(configured, tmp_path):
         assert np.abs(moved - before)[mask].max() > 0.1
         # the engine's input comes from this step's projector and table, at media and at text
         for prompt, old, new in zip(
-            kept, inputs_before, to_inputs(state, kept, features), strict=True
+            kept, inputs_before, to_inputs(state)(kept, features), strict=True
         ):
             changed = np.abs(new - old).max(axis=1) > 1e-4
             assert changed[prompt.is_media].all() and changed[~prompt.is_media].any()
