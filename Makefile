@@ -1,7 +1,7 @@
 # make demo   the whole thing on a laptop CPU: synthetic videos, SFT, GRPO with vLLM, evaluation
 # make test   the tests that fit in a few minutes;  make test-all: every test
 # make start  makes a checkpoint like the demo's start, runs/start/tiny_vila_start, from nothing: 35 minutes
-# make hour   GRPO on hour-long films, 3,600 frames and 21,670 tokens a prompt, on 8 simulated devices: MINUTES minutes
+# make hour   GRPO on hour-long films, 3,600 frames and 21,670 tokens a prompt, 8 devices: about 15 minutes
 # make plan CONFIG=configs/NAME.yaml HARDWARE=a100-80gb   what it needs of a GPU, without one
 # make lint   format, lint and type check
 # Each creates .venv and installs what is missing; a second call installs nothing.

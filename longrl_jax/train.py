@@ -19,7 +19,8 @@ examples:
 
 The run folder (run.dir) holds
   resolved.yaml             the whole config, every default included; it is a config itself
-  metrics.jsonl             a line a step: loss, rewards, engine/learner gap, seconds by phase
+  metrics.jsonl             a line a step: loss, rewards, engine/learner gap, seconds by phase,
+                            frames decoded and encoded (0: the store held all videos)
   tensorboard/              the same numbers: tensorboard --logdir RUN/tensorboard
   rollouts.jsonl            every sampled answer with its reward and advantage (grpo)
   refused.jsonl             records that could not be used, with reasons
