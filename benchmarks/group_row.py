@@ -34,7 +34,7 @@ from flax import nnx
 from longrl_jax import batching, step
 from longrl_jax.config import AlgorithmConfig, MeshConfig, OptimizerConfig
 from longrl_jax.losses import KL_ESTIMATORS, LOSSES
-from longrl_jax.models import qwen2
+from longrl_jax.models import decoder
 from longrl_jax.optimizer import make_optimizer
 from longrl_jax.plan import compiled, counter
 from longrl_jax.platform import prepare
@@ -141,9 +141,9 @@ def make_group(
     return Rollout(prompt=prompt, samples=tuple(samples), policy_version=0), advantage
 
 
-def decoder_config() -> qwen2.Config:
+def decoder_config() -> decoder.Config:
     tree = json.loads((ROOT / MODEL).read_text())
-    return qwen2.parse_config(tree["llm_cfg"], where=MODEL)
+    return decoder.parse_config(tree["llm_cfg"], where=MODEL)
 
 
 def make_side(
@@ -163,7 +163,7 @@ def make_side(
     host = batching.split_passes(host, rows_per_pass=0)
     passes = batching.place(host, mesh)
     optimizer = make_optimizer(OptimizerConfig(), num_steps=1)
-    model = qwen2.Model(decoder_config(), rngs=nnx.Rngs(SEED))
+    model = decoder.Model(decoder_config(), rngs=nnx.Rngs(SEED))
     graphdef, state = step.init_state(model, (), optimizer, mesh)
     token_logps = step.make_token_logps(graphdef, temperature=1.0)
     default = AlgorithmConfig()

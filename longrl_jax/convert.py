@@ -22,6 +22,7 @@ from flax import nnx
 from longrl_jax import models
 from longrl_jax.config import pick
 from longrl_jax.models import hf_files
+from longrl_jax.models.rope import rates
 from longrl_jax.models.vila import PARTS
 
 DTYPES = {
@@ -150,9 +151,10 @@ def inspect(folder: Path) -> Iterator[str]:
     backbone = models.backbone_of(folder)
     cfg = backbone.read_config(folder)
     tensors = hf_files.open_tensors(folder, backbone.FOLDERS)
-    name = next(name for name, module in models.BACKBONES.items() if module is backbone)
+    name = backbone.__name__.rpartition(".")[2]
+    model_type = hf_files.read_json(folder / "config.json")["model_type"]
     text = backbone.text_config(cfg)
-    yield f"{folder}: {name}, {len(tensors)} tensors"
+    yield f"{folder}: {name} ({model_type}), {len(tensors)} tensors"
     yield (
         f"text: {text.num_layers} layers of {text.width}, {text.num_heads} heads of "
         f"{text.head_dim} ({text.num_kv_heads} for keys), vocabulary {text.vocab_size}, "
@@ -182,8 +184,12 @@ def _looking_back(arrays: Mapping[str, Any], text: Any, strength: float) -> dict
     a word starts from such heads (arXiv:2209.11895, induction heads), and random ones need
     thousands of steps to become them. All are trained like the others.
     """
+    if not text.qkv_bias:
+        raise ValueError(
+            "--looking-back sets the biases of queries and keys, which only qwen2 has; leave it 0"
+        )
     half = text.head_dim // 2
-    f = text.rope_theta ** (-np.arange(half) / half)
+    f, _ = rates(text.rope, text.head_dim, np.float64)
     q, k = (np.array(arrays[f"text.layers.attn.{name}.bias"]) for name in "qk")
     kernels = {n: np.array(arrays[f"text.layers.attn.{n}.kernel"]) for n in "qk"}
     k[0].reshape(text.num_kv_heads, 2, half)[:, 0] = strength
@@ -295,7 +301,9 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", default="", help=f"{', '.join(DTYPES)} (default: each tensor keeps its own)"
     )
     command.add_argument(
-        "--text-only", action="store_true", help="the language model alone, as a plain Qwen2 folder"
+        "--text-only",
+        action="store_true",
+        help="the language model alone, as a plain folder of its own kind",
     )
     command.add_argument(
         "--shard-gib", type=float, default=4.0, help="largest tensor file, in GiB (default 4)"

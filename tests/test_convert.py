@@ -137,8 +137,11 @@ def test_init_is_decided_by_the_seed(checkpoint, corpus, tmp_path):
     assert random and not any(torch.equal(other[n], tensors_of(checkpoint)[n]) for n in random)
 
 
-def test_init_of_a_text_model_without_corpus(tmp_path, tokens):
-    config = json.loads(TINY_VILA.read_text())["llm_cfg"] | {"tie_word_embeddings": True}
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama"])
+def test_init_of_a_text_model_without_corpus(tmp_path, tokens, model_type):
+    config = json.loads(TINY_VILA.read_text())["llm_cfg"]
+    config |= {"tie_word_embeddings": True, "model_type": model_type}
+    config["architectures"] = [f"{model_type.capitalize()}ForCausalLM"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     call("init", tmp_path / "config.json", tmp_path / "out")
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 261  # 256 bytes and 5 specials
@@ -302,7 +305,7 @@ def test_inspect_says_what_a_folder_holds(published, capsys):
     tensors = tensors_of(published)
     vocab = tensors["llm/model.embed_tokens.weight"].shape[0]
     assert lines[:3] == [
-        f"{published}: vila, {len(tensors)} tensors",
+        f"{published}: vila (llava_llama), {len(tensors)} tensors",
         f"text: 4 layers of 128, 4 heads of 32 (2 for keys), vocabulary {vocab}, untied head",
         "video: frames of 36 x 36 px become 1 x 1 tokens and a separator",
     ]
@@ -323,12 +326,13 @@ def with_llm(**changes):
         ({"model_type": "mamba"}, "config.json: model_type='mamba' is unknown"),
         (with_llm(vocab_size=260), "vocab_size=260 is too small: 256 bytes and 5 special tokens"),
         (with_llm(vocab_size="many"), "vocab_size='many' must be a positive whole number"),
+        (with_llm(rope_scaling={"type": "linear", "factor": 2.0}), "rope_type='linear' is not"),
         (with_llm(hidden_act="gelu"), "hidden_act='gelu' is not supported"),
         (with_llm() | {"vision_tower_cfg": None}, "vision_tower_cfg must hold the config of"),
         (with_llm() | {"llm_cfg": None}, "llm_cfg must hold the language model's config"),
         (with_llm() | {"s2": True}, "s2=True: several image scales are not supported"),
     ],
-    ids=["type", "small", "word", "activation", "no tower", "no text", "s2"],
+    ids=["type", "small", "word", "scaling", "activation", "no tower", "no text", "s2"],
 )
 def test_init_refuses_in_one_line_and_leaves_nothing(tmp_path, tree, named):
     (tmp_path / "config.json").write_text(json.dumps(tree))
@@ -358,6 +362,15 @@ def test_a_mistake_is_one_line(checkpoint, tmp_path, args, named):
         call(*(x.format(checkpoint=checkpoint, out=tmp_path / "out") for x in args))
     assert named in error.value.code and "\n" not in error.value.code
     assert error.value.code.startswith(f"convert {args[0]}: ")
+
+
+def test_looking_back_needs_biases(tmp_path, capsys):
+    config = json.loads(TINY_VILA.read_text())["llm_cfg"] | {"model_type": "llama"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit) as error:
+        call("init", tmp_path / "config.json", tmp_path / "out", "--looking-back", 5)
+    assert "biases of queries and keys, which only qwen2 has" in error.value.code
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_mistake_ends_the_process_with_a_status(published):

@@ -13,13 +13,14 @@ from flax import nnx
 from longrl_jax import encode
 from longrl_jax.data import video
 from longrl_jax.metrics import Phases
-from longrl_jax.models import projector, qwen2, siglip, vila
+from longrl_jax.models import decoder, projector, siglip, vila
+from longrl_jax.models.rope import Rope
 from longrl_jax.sharding import make_mesh
 from longrl_jax.types import Example, Media, Prompt
 from rollout_bridge.video_cache import VideoStore
 
 CFG = vila.Config(
-    text=qwen2.Config(
+    text=decoder.Config(
         vocab_size=16,
         width=24,
         num_layers=1,
@@ -28,7 +29,7 @@ CFG = vila.Config(
         head_dim=16,
         mlp_width=32,
         norm_eps=1e-6,
-        rope_theta=1e4,
+        rope=Rope(theta=1e4),
         tied=True,
     ),
     vision=siglip.Config(

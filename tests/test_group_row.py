@@ -18,7 +18,7 @@ import optax
 import pytest
 import torch
 from flax import nnx
-from models.tiny_models import write_qwen2, write_vila
+from models.tiny_models import write_text, write_vila
 from tiny_groups import V, make_group, make_prompt, scatter
 
 from longrl_jax import models, step
@@ -311,7 +311,7 @@ def checkpoint(folder, video: bool, tied: bool) -> dict[str, torch.nn.Module]:
     if video:
         parts = write_vila(folder, tied=tied)
         return {name: part for name, part in parts.items() if name != "vision_tower"}
-    return {"llm": write_qwen2(folder, tied=tied)}
+    return {"llm": write_text(folder, tied=tied)}
 
 
 @pytest.fixture(scope="module")

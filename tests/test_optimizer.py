@@ -10,7 +10,8 @@ import torch
 from flax import nnx
 
 from longrl_jax.config import OptimizerConfig
-from longrl_jax.models import qwen2, weights
+from longrl_jax.models import decoder, weights
+from longrl_jax.models.rope import Rope
 from longrl_jax.optimizer import is_decayed, make_optimizer, make_schedule
 
 RTOL = 1e-5  # float32, three updates
@@ -75,11 +76,11 @@ def test_three_updates_equal_torch():
 
 
 def test_decay_takes_matrices_of_a_real_model():
-    cfg = qwen2.Config(
+    cfg = decoder.Config(
         vocab_size=16, width=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16,
-        mlp_width=32, norm_eps=1e-6, rope_theta=1e4, tied=False,
+        mlp_width=32, norm_eps=1e-6, rope=Rope(theta=1e4), tied=False,
     )  # fmt: skip
-    params = nnx.state(nnx.eval_shape(lambda: qwen2.Model(cfg, rngs=nnx.Rngs(0))))
+    params = nnx.state(nnx.eval_shape(lambda: decoder.Model(cfg, rngs=nnx.Rngs(0))))
     decayed = weights.by_path(is_decayed(params))
     spared = {path for path, value in decayed.items() if not value}
     assert spared == {

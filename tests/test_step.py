@@ -13,7 +13,8 @@ from longrl_jax import step
 from longrl_jax.batching import make_batch, place, split_passes
 from longrl_jax.config import OptimizerConfig
 from longrl_jax.losses import LOSSES, low_variance_kl
-from longrl_jax.models import projector, qwen2, siglip, vila, weights
+from longrl_jax.models import decoder, projector, siglip, vila, weights
+from longrl_jax.models.rope import Rope
 from longrl_jax.optimizer import make_optimizer
 from longrl_jax.sharding import attend, make_mesh
 
@@ -98,9 +99,9 @@ def test_gradient_of_the_head_is_summed_in_float32():
 
 
 def tiny_config() -> vila.Config:
-    text = qwen2.Config(
+    text = decoder.Config(
         vocab_size=99, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
-        mlp_width=48, norm_eps=1e-6, rope_theta=1e4, tied=False,
+        mlp_width=48, norm_eps=1e-6, rope=Rope(theta=1e4), tied=False,
     )  # fmt: skip
     vision = siglip.Config(
         image_size=16, patch_size=8, num_channels=3, width=16, num_layers=1, num_heads=2,

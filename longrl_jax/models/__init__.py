@@ -3,7 +3,7 @@
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,16 +12,18 @@ import jax
 import numpy as np
 from flax import nnx
 
-from longrl_jax.models import hf_files, qwen2, vila, weights
+from longrl_jax.models import decoder, hf_files, vila, weights
 from longrl_jax.models.weights import to_host as to_host
 from longrl_jax.platform import disk_error
 
-BACKBONES: dict[str, ModuleType] = {"qwen2": qwen2, "vila": vila}
-MODEL_TYPES = {"qwen2": "qwen2", "llava_llama": "vila", "vila": "vila"}
-"""model_type of a config.json -> name in BACKBONES."""
+BACKBONES: dict[str, ModuleType] = {
+    **dict.fromkeys(decoder.KINDS, decoder),
+    "llava_llama": vila,
+    "vila": vila,
+}
+"""model_type of a config.json -> the module that knows it."""
 COPIED = (".json", ".jinja", ".txt", ".md", ".model", "")
 """Ends of the files that an export takes over as they are."""
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def backbone_of(source: Path | str | Mapping[str, Any], *, where: str = "") -> ModuleType:
@@ -30,12 +32,12 @@ def backbone_of(source: Path | str | Mapping[str, Any], *, where: str = "") -> M
         where = f"{source}/config.json"
         source = hf_files.read_json(Path(source) / "config.json")
     model_type = source.get("model_type")
-    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in BACKBONES:
         raise ValueError(
             f"{where}: model_type={model_type!r} is unknown; "
-            f"choose a checkpoint of {', '.join(sorted(MODEL_TYPES))}"
+            f"choose a checkpoint of {', '.join(sorted(BACKBONES))}"
         )
-    return BACKBONES[MODEL_TYPES[model_type]]
+    return BACKBONES[model_type]
 
 
 def load(folder: Path | str, *, mesh: jax.sharding.Mesh | None = None) -> tuple[Any, Any]:
@@ -136,7 +138,9 @@ def save_text(
     """Writes the language model alone, as a plain folder of its own architecture."""
     folder, inner = Path(folder), llm_folder(source_folder)
     tensors = hf_files.open_tensors(inner)
-    ours = weights.to_hf(*_text_rows(model, cfg), dtype_of=lambda n: dtype or tensors.dtype(n))
+    ours = weights.to_hf(
+        *_text_rows(model, cfg), dtype_of=lambda n: dtype or tensors.dtype(n), copies=tensors
+    )
 
     def write(partial: Path) -> None:
         _copy_text_files(inner, partial, ("",))
@@ -157,11 +161,7 @@ def llm_weights(model: nnx.Module | nnx.State, cfg: Any) -> Iterator[tuple[str, 
 
     Always with lm_head.weight: vLLM keeps a packed copy of it, tied or not (docs/measured.md 2.5).
     """
-    arrays, table = _text_rows(model, cfg)
-    for name, x in weights.to_hf(arrays, table):
-        yield name, x
-        if name == EMBEDDING and HEAD not in {row.hf for row in table.values()}:
-            yield HEAD, x
+    return weights.to_hf(*_text_rows(model, cfg), copies={decoder.HEAD})
 
 
 def feature_stage(frozen: Sequence[str]) -> str:
@@ -197,8 +197,10 @@ def write_parts(
     weights.check_same_keys(arrays, table)  # below, each sub-folder sees its own rows only
     for sub in backbone.FOLDERS:
         start = f"{sub}/" if sub else ""
-        ours = _tensors_below(start, table, arrays, dtype_of)
-        names = [n for n in source or () if n.startswith(start) and n.startswith(backbone.IGNORED)]
+        ours = _tensors_below(start, table, arrays, dtype_of, copies=source or ())
+        names = [
+            n for n in source or () if n.startswith(start) and weights.matches(n, backbone.IGNORED)
+        ]
         unused = ((name, source[name]) for name in names) if source is not None else ()
         inner = ((name.removeprefix(start), x) for name, x in itertools.chain(ours, unused))
         hf_files.write_tensors(folder / sub, inner, shard_size_bytes=shard_size_bytes)
@@ -218,9 +220,11 @@ def _tensors_below(
     table: weights.Table,
     arrays: Mapping[str, weights.Leaf],
     dtype_of: Callable[[str], np.dtype] | None,
+    copies: Container[str] = (),
 ) -> Iterator[tuple[str, np.ndarray]]:
     rows = {path: row for path, row in table.items() if row.hf.startswith(start)}
-    return weights.to_hf({path: arrays[path] for path in rows}, rows, dtype_of=dtype_of)
+    ours = {path: arrays[path] for path in rows}
+    return weights.to_hf(ours, rows, dtype_of=dtype_of, copies=copies)
 
 
 def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
@@ -257,7 +261,7 @@ def _text_rows(
     """Returns the arrays of the part `text` and its table with the names inside llm_folder."""
     arrays = {p: x for p, x in arrays_of(model).items() if p.startswith("text.")}
     backbone = next(b for b in BACKBONES.values() if isinstance(cfg, b.Config))
-    return arrays, qwen2.table(backbone.text_config(cfg))
+    return arrays, decoder.table(backbone.text_config(cfg))
 
 
 def _copy_text_files(source: Path, folder: Path, subfolders: Sequence[str]) -> None:

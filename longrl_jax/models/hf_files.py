@@ -58,6 +58,9 @@ class Tensors(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self._files)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._files  # Mapping's own would read the array
+
     def dtype(self, name: str) -> np.dtype:
         """Returns the type in the file, without reading the array."""
         path, inner = self._files[name]

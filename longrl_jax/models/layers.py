@@ -10,10 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 REMAT: dict[str, Callable[..., Any]] = {
     "nothing": jax.checkpoint_policies.nothing_saveable,
@@ -83,20 +82,6 @@ class LayerNorm(nnx.Module):
 def wide(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Returns x in float32, or float64 where it is that already."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def rotate(
-    x: Float[Array, "B T N H"], rope_pos: Int[Array, "B T"], *, theta: float
-) -> Float[Array, "B T N H"]:
-    """Rotary embedding on halves (arXiv:2104.09864, in the layout of transformers)."""
-    half = x.shape[-1] // 2
-    y = wide(x)
-    rate_h = 1.0 / theta ** (np.arange(half, dtype=y.dtype) / half)  # on the host, as torch does
-    angle_BT1h = rope_pos[..., None, None].astype(y.dtype) * rate_h  # exact up to 2**24 tokens
-    cos, sin = jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
-    first, second = y[..., :half], y[..., half:]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
 
 
 def full_attention(

@@ -1,4 +1,4 @@
-"""The VILA family: SigLIP tower, projector and Qwen2, with video tokens inside the prompt.
+"""The VILA family: SigLIP tower, projector and decoder, with video tokens inside the prompt.
 
 Source: NVlabs/VILA llava/model (llava_arch.py, encoders/video/basic.py). Every frame of a video is
 n media tokens and one "\\n" token; the latter is an ordinary token of the prompt, looked up in the
@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from longrl_jax.models import hf_files, projector, qwen2, siglip
+from longrl_jax.models import decoder, hf_files, projector, siglip
 from longrl_jax.models.weights import Param
 from longrl_jax.sharding import attend, constrain
 from longrl_jax.types import VideoLayout
@@ -27,12 +27,15 @@ PARTS = {"llm": "llm_cfg", "vision_tower": "vision_tower_cfg", "mm_projector": "
 """Sub-folder -> its config inside a config.json that stands alone (convert init, plan)."""
 LLM_FOLDER = "llm"
 """Sub-folder that the engine opens."""
-IGNORED = tuple(
-    f"vision_tower/{prefix}{name}"
-    for prefix in ("", siglip.PUBLISHED_PREFIX)
-    for name in siglip.UNUSED
+IGNORED = (
+    *(f"llm/{pattern}" for pattern in decoder.IGNORED),
+    *(
+        f"vision_tower/{prefix}{name}*"
+        for prefix in ("", siglip.PUBLISHED_PREFIX)
+        for name in siglip.UNUSED
+    ),
 )
-"""Starts of tensor names that we neither use nor change."""
+"""Patterns of tensor names that we neither use nor change."""
 MEDIA_TOKEN = "<vila/video>"
 SEPARATOR = "\n"
 ENCODER_VERSION = 1
@@ -45,7 +48,7 @@ STAGES = ("packed", "projected")
 class Config:
     """The three parts, and which layer of the tower is read."""
 
-    text: qwen2.Config
+    text: decoder.Config
     vision: siglip.Config
     projector: projector.Config
     num_vision_layers: int
@@ -82,7 +85,7 @@ def _config(
     vision_prefix: str,
 ) -> Config:
     """parts: the config of every sub-folder."""
-    text = qwen2.parse_config(parts["llm"], where=f"{where}/llm")
+    text = decoder.parse_config(parts["llm"], where=f"{where}/llm")
     vision = siglip.parse_config(parts["vision_tower"], where=f"{where}/vision_tower")
     kind = parts["mm_projector"].get("mm_projector_type")
     if not isinstance(kind, str):
@@ -105,7 +108,7 @@ class Model(nnx.Module):
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        self.text = qwen2.Decoder(cfg.text, rngs=rngs)
+        self.text = decoder.Decoder(cfg.text, rngs=rngs)
         self.projector = projector.Projector(cfg.projector, rngs=rngs)
         self.vision = siglip.Tower(cfg.vision, rngs=rngs)
 
@@ -167,7 +170,7 @@ class Model(nnx.Module):
         compute_dtype: DTypeLike = jnp.float32,
         attention: Callable[..., Array] = attend,
     ) -> Float[Array, "B T D"]:
-        """See qwen2.Decoder.hidden."""
+        """See decoder.Decoder.hidden."""
         return self.text.hidden(
             x,
             rope_pos,
@@ -187,13 +190,13 @@ class Model(nnx.Module):
 def table(cfg: Config) -> dict[str, Param]:
     """Returns the row of every parameter."""
     return {
-        **qwen2.table(cfg.text, hf="llm/"),
+        **decoder.table(cfg.text, hf="llm/"),
         **projector.table(cfg.projector, hf="mm_projector/"),
         **siglip.table(cfg.vision, hf=f"vision_tower/{cfg.vision_prefix}"),
     }
 
 
-def text_config(cfg: Config) -> qwen2.Config:
+def text_config(cfg: Config) -> decoder.Config:
     """Returns the decoder's part of a config."""
     return cfg.text
 

@@ -5,9 +5,10 @@ disagree. Paths are those of the NNX state, joined by dots: "text.layers.attn.q.
 """
 
 import dataclasses
+import fnmatch
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -30,6 +31,8 @@ class Param:
     """Logical name of every dimension of the JAX array, without the layer dim."""
     transpose: tuple[int, ...] | None = None
     """Permutation from the HF array to the JAX array (its inverse is used on export)."""
+    copy: str = ""
+    """Second name that a file may have for the same array, and an engine wants (tied heads)."""
 
 
 Table = Mapping[str, Param]
@@ -51,18 +54,19 @@ def to_hf(
     table: Table,
     *,
     dtype_of: Callable[[str], np.dtype] | None = None,
+    copies: Container[str] = (),
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (HF name, array on the host), so that a caller never holds two full copies.
 
     Arrays outside stacks come first, then layer after layer: whoever takes them (vLLM's loader
     waits for whole layers) buffers at most one layer. dtype_of says the type by HF name; without
-    it arrays keep theirs. Sharded arrays are gathered one layer at a time.
+    it arrays keep theirs. Sharded arrays are gathered one layer at a time. Of the second names in
+    the table those in `copies` are yielded, too.
     """
     arrays: Mapping[str, Any] = by_path(params) if isinstance(params, nnx.State) else params
     check_same_keys(arrays, table)
 
-    def export(row: Param, x: np.ndarray, i: int | None) -> tuple[str, np.ndarray]:
-        name = row.hf.format(i=i)
+    def export(row: Param, x: np.ndarray, name: str) -> tuple[str, np.ndarray]:
         if row.transpose is not None:
             x = x.transpose(np.argsort(row.transpose))
         if dtype_of is not None:
@@ -71,11 +75,16 @@ def to_hf(
 
     for path, row in table.items():
         if not stacked(row):
-            yield export(row, _to_host(arrays[path]), None)
+            x = _to_host(arrays[path])
+            yield export(row, x, row.hf)
+            if row.copy in copies:
+                yield export(row, x, row.copy)
+            del x
     for paths in _stacks(table).values():
         for i in range(len(arrays[paths[0]])):
             for path in paths:
-                yield export(table[path], _to_host(arrays[path], i), i)
+                row = table[path]
+                yield export(row, _to_host(arrays[path], i), row.hf.format(i=i))
 
 
 def from_hf(
@@ -88,8 +97,8 @@ def from_hf(
     """Yields (JAX path, host array of the model's type), one stacked parameter at a time.
 
     Names are checked before the first array is read: none missing, none left over, but for those
-    that start with one of `ignored`. A wrong shape, whole numbers, a NaN or an infinity raise
-    ValueError.
+    that match one of the patterns in `ignored`. A wrong shape, whole numbers, a NaN, an infinity or
+    a copy that differs raise ValueError.
     """
     want = by_path(abstract)
     check_same_keys(want, table)
@@ -97,7 +106,8 @@ def from_hf(
         path: [row.hf.format(i=i) for i in range(want[path].shape[0] if stacked(row) else 1)]
         for path, row in table.items()
     }
-    _check_names(names, hf, ignored)
+    copies = {row.copy for row in table.values()}
+    _check_names(names, hf, ignored=lambda name: name in copies or matches(name, ignored))
     for path, row in table.items():
         out = np.empty(want[path].shape, want[path].dtype)
         parts = out if stacked(row) else [out]
@@ -118,6 +128,11 @@ def from_hf(
             part[...] = x
             if not np.isfinite(part).all():
                 raise ValueError(f"{name} holds NaN or infinite numbers; the file is damaged")
+        if row.copy in hf and not np.array_equal(hf[row.copy], hf[row.hf]):
+            raise ValueError(
+                f"{row.copy} differs from {row.hf}, but config.json says that they are one "
+                "(tie_word_embeddings); does config.json belong to these tensors?"
+            )
         yield path, out
 
 
@@ -136,6 +151,11 @@ def shardings(abstract: nnx.State, table: Table, mesh: Mesh) -> dict[str, NamedS
         ]
         out[path] = NamedSharding(mesh, rules.spec(*even))
     return out
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a tensor's name has the form of one of the patterns ("*" stands for anything)."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def stacked(row: Param) -> bool:
@@ -196,7 +216,7 @@ def _num_parts(mesh: Mesh, dim: str | None) -> int:
 
 
 def _check_names(
-    names: Mapping[str, list[str]], hf: Mapping[str, np.ndarray], ignored: tuple[str, ...]
+    names: Mapping[str, list[str]], hf: Mapping[str, np.ndarray], ignored: Callable[[str], bool]
 ) -> None:
     owner: dict[str, str] = {}
     for path, wanted in names.items():
@@ -206,6 +226,6 @@ def _check_names(
             if name in owner:
                 raise ValueError(f"{name} stands in two rows of the table: {owner[name]}, {path}")
             owner[name] = path
-    left = sorted(n for n in hf if n not in owner and not n.startswith(ignored))
+    left = sorted(n for n in hf if n not in owner and not ignored(n))
     if left:
         raise ValueError(f"{len(left)} checkpoint tensors have no row in the table, e.g. {left[0]}")

@@ -11,10 +11,11 @@ import safetensors.torch
 import torch
 import transformers
 from flax import nnx
-from tiny_models import WIDTH, write_qwen2, write_vila
+from tiny_models import WIDTH, write_text, write_vila
 
 from longrl_jax import models
-from longrl_jax.models import qwen2, vila, weights
+from longrl_jax.models import decoder, vila, weights
+from longrl_jax.models.rope import Rope
 from longrl_jax.sharding import make_mesh
 
 MIXED = ("mlp.", "layer_norm1", "layers.4", "embed_tokens", "head.probe")
@@ -48,7 +49,7 @@ def loaded(vila_folder):
 
 
 def abstract_of(cfg):
-    backbone = vila if isinstance(cfg, vila.Config) else qwen2
+    backbone = vila if isinstance(cfg, vila.Config) else decoder
     return nnx.state(nnx.eval_shape(lambda: backbone.Model(cfg, rngs=nnx.Rngs(0))), nnx.Param)
 
 
@@ -72,6 +73,71 @@ def test_round_trip_keeps_every_tensor(tmp_path, tied, prefix):
         )
 
 
+@pytest.mark.parametrize(
+    ("family", "tied", "extra"),
+    [
+        ("qwen2", True, ""),
+        ("qwen3", True, "head"),
+        ("qwen3", False, ""),
+        ("qwen3_yarn", True, ""),
+        ("llama", False, "rates"),
+        ("llama3", True, ""),
+    ],
+)
+def test_round_trip_of_a_text_folder_keeps_every_tensor(tmp_path, family, tied, extra):
+    """Also what published files hold besides: the head of a tied model (Qwen3-0.6B), the rates of
+    the rotation (Llama-2)."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    write_text(source, family, tied=tied)
+    (source / "tokenizer.json").write_text('{"version": "1.0"}\n')
+    state = safetensors.torch.load_file(source / "model.safetensors")
+    state = {n: x.to(torch.bfloat16) if "mlp." in n else x for n, x in state.items()}
+    if extra == "head":
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    if extra == "rates":
+        for i in range(2):
+            state[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.rand(8)
+    safetensors.torch.save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    cfg, model = models.load(source)
+    models.save(out, model, cfg, source)
+    want = raw_tensors(source)
+    assert raw_tensors(out) == want
+    assert len({kind for kind, _, _ in want.values()}) == 2
+    assert ("./lm_head.weight" in want) == (not tied or extra == "head")
+    files = {p.name for p in source.iterdir() if p.suffix != ".safetensors"}
+    assert {p.name for p in out.iterdir() if p.suffix != ".safetensors"} == files
+    for name in files:
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_a_written_copy_of_a_tied_head_follows_the_table(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    write_text(source, "qwen3", tied=True)
+    state = safetensors.torch.load_file(source / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    safetensors.torch.save_file(state, source / "model.safetensors")
+    cfg, model = models.load(source)
+    model.text.table.set_value(model.text.table.get_value() + 1)
+    models.save(out, model, cfg, source)
+    after = safetensors.torch.load_file(out / "model.safetensors")
+    torch.testing.assert_close(after["lm_head.weight"], state["lm_head.weight"] + 1)
+    torch.testing.assert_close(after["model.embed_tokens.weight"], after["lm_head.weight"])
+
+
+def test_a_vila_folder_may_hold_a_llama(tmp_path):
+    """VILA-1.5: its decoder is Llama-2, its projector packs 2x2."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    parts = write_vila(source, family="llama", tied=False, kind="mlp_downsample", bfloat16=MIXED)
+    rates = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.rand(8) for i in range(2)}
+    state = safetensors.torch.load_file(source / "llm" / "model.safetensors")
+    safetensors.torch.save_file(state | rates, source / "llm" / "model.safetensors")
+    cfg, model = models.load(source)
+    models.save(out, model, cfg, source)
+    assert raw_tensors(out) == raw_tensors(source)
+    pushed = {name: x.shape for name, x in models.llm_weights(model, cfg)}
+    assert pushed == {n: tuple(x.shape) for n, x in parts["llm"].state_dict().items()}
+
+
 def test_round_trip_on_a_mesh_keeps_every_tensor(vila_folder, tmp_path):
     cfg, model = models.load(vila_folder, mesh=make_mesh(**MESH))
     models.save(tmp_path / "out", model, cfg, vila_folder)
@@ -79,7 +145,7 @@ def test_round_trip_on_a_mesh_keeps_every_tensor(vila_folder, tmp_path):
 
 
 def test_several_input_shards_and_several_output_shards(tmp_path, rng):
-    torch_model = write_qwen2(tmp_path / "whole", tied=False)
+    torch_model = write_text(tmp_path / "whole", tied=False)
     torch_model.save_pretrained(tmp_path / "cut", max_shard_size="60KB")
     assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 2
     cfg, model = models.load(tmp_path / "cut")
@@ -199,10 +265,10 @@ def test_names_are_checked_before_the_first_array_is_read(parts_of):
 
 
 def test_a_tied_checkpoint_with_a_head_of_its_own_is_refused(tmp_path):
-    write_qwen2(tmp_path, tied=False)
+    write_text(tmp_path, tied=False)
     tree = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(tree))
-    with pytest.raises(ValueError, match="no row in the table, e.g. lm_head.weight"):
+    with pytest.raises(ValueError, match="lm_head.weight differs from .*tie_word_embeddings"):
         models.load(tmp_path)
 
 
@@ -288,11 +354,11 @@ def test_every_parameter_lies_on_the_mesh_as_drawn(vila_folder, loaded):
 
 
 def test_an_untied_head_of_even_size_is_split_over_tensor(loaded):
-    cfg = qwen2.Config(
+    cfg = decoder.Config(
         vocab_size=100, width=WIDTH, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=16,
-        mlp_width=96, norm_eps=1e-6, rope_theta=1e4, tied=False,
+        mlp_width=96, norm_eps=1e-6, rope=Rope(theta=1e4), tied=False,
     )  # fmt: skip
-    places = weights.shardings(abstract_of(cfg), qwen2.table(cfg), make_mesh(**MESH))
+    places = weights.shardings(abstract_of(cfg), decoder.table(cfg), make_mesh(**MESH))
     assert places["text.head_kernel"].shard_shape((64, 100)) == (16, 50)
     assert places["text.table"].shard_shape((100, 64)) == (50, 16)
 
@@ -302,7 +368,7 @@ def test_an_untied_head_of_even_size_is_split_over_tensor(loaded):
 def test_a_push_goes_layer_after_layer_and_holds_one_layer(tmp_path, tied, mesh):
     """Counted where the memory is: arrays that JAX keeps, and those handed out and not dropped."""
     num_layers = 5
-    torch_model = write_qwen2(tmp_path, tied=tied, num_layers=num_layers)
+    torch_model = write_text(tmp_path, tied=tied, num_layers=num_layers)
     layer_names: dict[str, set[str]] = {}  # a tensor outside the layers is a layer of its own
     for name in torch_model.state_dict():
         number = name.partition(".layers.")[2].partition(".")[0]
@@ -340,7 +406,7 @@ def live_bytes() -> int:
 
 def test_every_push_names_the_head(tmp_path):
     """vLLM keeps a packed copy of a tied head, which would go stale."""
-    torch_model = write_qwen2(tmp_path, tied=True)
+    torch_model = write_text(tmp_path, tied=True)
     cfg, model = models.load(tmp_path)
     pushed = {name: np.array(x) for name, x in models.llm_weights(model, cfg)}
     assert set(pushed) == set(torch_model.state_dict())
@@ -364,5 +430,7 @@ def test_the_language_model_alone_loads_in_transformers(vila_folder, loaded, tmp
 @pytest.mark.parametrize("tree", [{}, {"model_type": "mamba"}])
 def test_an_unknown_model_type_lists_the_known(tmp_path, tree):
     (tmp_path / "config.json").write_text(json.dumps(tree))
-    with pytest.raises(ValueError, match="choose a checkpoint of llava_llama, qwen2, vila"):
+    with pytest.raises(
+        ValueError, match="choose a checkpoint of llama, llava_llama, qwen2, qwen3, vila"
+    ):
         models.backbone_of(tmp_path)

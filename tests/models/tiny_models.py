@@ -4,9 +4,32 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
+import transformers
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 WIDTH, VISION_WIDTH = 64, 32
+THETA = 3e3  # no default, so that a config that is not read shows
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+"""Both lengths leave some of the 8 pairs alone, slow some down and mix some."""
+FAMILIES = {
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 24}),  # not width / heads
+    "llama": ("Llama", {}),
+    "qwen2_yarn": ("Qwen2", {"rope_parameters": YARN | {"rope_theta": THETA}}),
+    "qwen3_yarn": (
+        "Qwen3",
+        {"head_dim": 24, "rope_parameters": YARN | {"rope_theta": THETA, "attention_factor": 1.3}},
+    ),
+    "llama3": ("Llama", {"rope_parameters": LLAMA3 | {"rope_theta": THETA}}),
+}
+"""name -> (start of the class names of transformers, what its config says differently)."""
 
 
 def randomize(module: torch.nn.Module, seed: int, scale: float = 0.15) -> torch.nn.Module:
@@ -19,24 +42,26 @@ def randomize(module: torch.nn.Module, seed: int, scale: float = 0.15) -> torch.
     return module.eval()
 
 
-def make_qwen2(
-    *, tied: bool, num_layers: int = 2, width: int = WIDTH, seed: int = 0
-) -> Qwen2ForCausalLM:
+def make_text(
+    family: str = "qwen2", *, tied: bool, num_layers: int = 2, width: int = WIDTH, seed: int = 0
+) -> transformers.PreTrainedModel:
     torch.set_num_threads(1)
-    config = Qwen2Config(
-        vocab_size=99,
-        hidden_size=width,
-        intermediate_size=96,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=tied,
-        rms_norm_eps=1e-4,  # no default, so that a config that is not read shows
-        rope_parameters={"rope_type": "default", "rope_theta": 3e3},
-        attn_implementation="eager",
-    )
-    return randomize(Qwen2ForCausalLM(config), seed)
+    name, changes = FAMILIES[family]
+    sizes = {
+        "vocab_size": 99,
+        "hidden_size": width,
+        "intermediate_size": 96,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": tied,
+        "rms_norm_eps": 1e-4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": THETA},
+        "attn_implementation": "eager",
+    }
+    config = getattr(transformers, f"{name}Config")(**sizes | changes)
+    return randomize(getattr(transformers, f"{name}ForCausalLM")(config), seed)
 
 
 def make_siglip(*, image_size: int = 32, num_layers: int = 3, seed: int = 1) -> SiglipVisionModel:
@@ -130,6 +155,7 @@ def write_vila(
     prefix: str = "vision_model.",
     bfloat16: tuple[str, ...] = (),
     llm_width: int = WIDTH,
+    family: str = "qwen2",
 ) -> dict[str, torch.nn.Module]:
     """Writes a VILA folder with safetensors.torch (not with our writer) and returns its parts.
 
@@ -138,7 +164,7 @@ def write_vila(
     from safetensors.torch import save_file
 
     parts = {
-        "llm": make_qwen2(tied=tied, width=llm_width),
+        "llm": make_text(family, tied=tied, width=llm_width),
         "vision_tower": make_siglip(),
         "mm_projector": make_projector(kind, D=llm_width),
     }
@@ -162,7 +188,9 @@ def write_vila(
     return parts
 
 
-def write_qwen2(folder: Path, *, tied: bool, num_layers: int = 2) -> Qwen2ForCausalLM:
-    model = make_qwen2(tied=tied, num_layers=num_layers)
+def write_text(
+    folder: Path, family: str = "qwen2", *, tied: bool, num_layers: int = 2
+) -> transformers.PreTrainedModel:
+    model = make_text(family, tied=tied, num_layers=num_layers)
     model.save_pretrained(folder)
     return model

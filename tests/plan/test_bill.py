@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from longrl_jax.config import RolloutConfig
-from longrl_jax.models.qwen2 import Config as Text
+from longrl_jax.models.decoder import Config as Text
+from longrl_jax.models.rope import Rope
 from longrl_jax.plan import bill, counter
 from longrl_jax.plan.bill import GIB
 from longrl_jax.plan.compiled import Compiled
@@ -14,7 +15,7 @@ from longrl_jax.plan.programs import Row
 
 TEXT = Text(
     vocab_size=1000, width=64, num_layers=3, num_heads=8, num_kv_heads=4, head_dim=16,
-    mlp_width=128, norm_eps=1e-6, rope_theta=1e4, tied=False,
+    mlp_width=128, norm_eps=1e-6, rope=Rope(theta=1e4), tied=False,
 )  # fmt: skip
 ROW = Row(num_frames=10, frame_tokens=9, question_tokens=10, answers=4, answer_tokens=5)
 MEMORY = 80 * GIB

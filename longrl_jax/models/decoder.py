@@ -1,6 +1,8 @@
-"""Qwen2: the text decoder of the VILA family, and a model of its own for text-only work.
+"""Qwen2 (and 2.5), Qwen3 and Llama: the text decoder of the VILA family, and models of their own.
 
-Source: arXiv:2407.10671; transformers models/qwen2/modeling_qwen2.py (layout and numbers).
+They differ in KINDS and in what a config.json says; the rest is one decoder.
+Source: arXiv:2407.10671, 2505.09388, 2307.09288; transformers models/{qwen2,qwen3,llama}
+(layout and numbers).
 """
 
 import dataclasses
@@ -18,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from longrl_jax.models import hf_files, layers
+from longrl_jax.models.rope import Rope, parse_rope, rotate
 from longrl_jax.models.weights import Param
 from longrl_jax.sharding import attend, constrain, num_parts
 
@@ -25,11 +28,29 @@ FOLDERS = ("",)
 """Sub-folders of a checkpoint that hold tensors."""
 LLM_FOLDER = ""
 """Sub-folder that the engine opens."""
+HEAD = "lm_head.weight"
 MLP_CHUNK = 16384
 """Most tokens of one device whose MLP states exist at the same time, in both directions. Six arrays
 of [tokens, 18944] lived together in the backward pass of a 7B model (docs/measured.md 1.8)."""
-IGNORED: tuple[str, ...] = ()
-"""Starts of tensor names that we neither use nor change."""
+IGNORED = ("model.layers.*.self_attn.rotary_emb.inv_freq",)
+"""Patterns of tensor names that we neither use nor change: Llama-2's files hold the rates."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What the code of a model_type fixes, without a word in config.json."""
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    head_dim: int | None = None
+    """Where config.json has none; None: width / heads."""
+
+
+KINDS = {
+    "qwen2": Kind(qkv_bias=True),
+    "qwen3": Kind(qk_norm=True, head_dim=128),
+    "llama": Kind(),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,9 +65,12 @@ class Config:
     head_dim: int
     mlp_width: int
     norm_eps: float
-    rope_theta: float
+    rope: Rope
     tied: bool
     """The head is the transpose of the token table."""
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    """Every head of q and k goes through a norm before the rotation."""
 
 
 def read_config(folder: Path) -> Config:
@@ -55,32 +79,25 @@ def read_config(folder: Path) -> Config:
 
 
 def parse_config(tree: Mapping[str, Any], *, where: str) -> Config:
-    """Turns the object of a Qwen2 config.json into our record; `where` is for errors."""
+    """Turns the object of a config.json into our record; `where` is for errors."""
     model_type = tree.get("model_type")
-    if model_type != "qwen2":
-        raise ValueError(f"{where}: model_type is {model_type!r}, this decoder is 'qwen2'")
-    rope = hf_files.part(tree, "rope_parameters", where)
-    rope = rope or hf_files.part(tree, "rope_scaling", where)
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    refused = {
-        "rope_parameters.rope_type": (rope_type, "default"),
-        "use_sliding_window": (tree.get("use_sliding_window") or False, False),
-        "hidden_act": (tree.get("hidden_act", "silu"), "silu"),
-        "quantization_config": (tree.get("quantization_config"), None),
-    }
-    for name, (value, wanted) in refused.items():
-        if value != wanted:
-            raise ValueError(f"{where}: {name}={value!r} is not supported, only {wanted!r} is")
+    if not isinstance(model_type, str) or model_type not in KINDS:
+        raise ValueError(
+            f"{where}: model_type is {model_type!r}, this decoder is one of {', '.join(KINDS)}"
+        )
+    kind = KINDS[model_type]
+    _refuse_unsupported(tree, where=where)
     width, num_heads = (
         hf_files.positive_int(tree, "hidden_size", where),
         hf_files.positive_int(tree, "num_attention_heads", where),
     )
-    num_kv_heads, head_dim = num_heads, width // num_heads
+    num_kv_heads, given = num_heads, kind.head_dim
     if tree.get("num_key_value_heads") is not None:
         num_kv_heads = hf_files.positive_int(tree, "num_key_value_heads", where)
     if tree.get("head_dim") is not None:
-        head_dim = hf_files.positive_int(tree, "head_dim", where)
-    if head_dim % 2 or (tree.get("head_dim") is None and width % num_heads):
+        given = hf_files.positive_int(tree, "head_dim", where)
+    head_dim = given or width // num_heads
+    if head_dim % 2 or (given is None and width % num_heads):
         raise ValueError(
             f"{where}: hidden_size={width} and num_attention_heads={num_heads} give heads of "
             f"{width / num_heads:g}, head_dim={tree.get('head_dim')}; a head must be whole and even"
@@ -99,9 +116,29 @@ def parse_config(tree: Mapping[str, Any], *, where: str) -> Config:
         head_dim=head_dim,
         mlp_width=hf_files.positive_int(tree, "intermediate_size", where),
         norm_eps=hf_files.positive_float(tree, "rms_norm_eps", 1e-6, where),
-        rope_theta=hf_files.positive_float({**tree, **rope}, "rope_theta", 1e4, where),
+        rope=parse_rope(tree, where=where),
         tied=bool(tree.get("tie_word_embeddings", False)),
+        qkv_bias=kind.qkv_bias,
+        qk_norm=kind.qk_norm,
     )
+
+
+def _refuse_unsupported(tree: Mapping[str, Any], *, where: str) -> None:
+    kinds = tree.get("layer_types") or ["full_attention"]
+    refused = {
+        "use_sliding_window": (tree.get("use_sliding_window") or False, False),
+        "layer_types": (next((x for x in kinds if x != "full_attention"), None), None),
+        "hidden_act": (tree.get("hidden_act", "silu"), "silu"),
+        "mlp_bias": (tree.get("mlp_bias") or False, False),
+        "partial_rotary_factor": (tree.get("partial_rotary_factor") or 1.0, 1.0),
+        "rope_interleaved": (tree.get("rope_interleaved") or False, False),
+        "quantization_config": (tree.get("quantization_config"), None),
+    }
+    if tree["model_type"] != "qwen2":  # whose code knows no such field
+        refused["attention_bias"] = (tree.get("attention_bias") or False, False)
+    for name, (value, wanted) in refused.items():
+        if value != wanted:
+            raise ValueError(f"{where}: {name}={value!r} is not supported, only {wanted!r} is")
 
 
 class Model(nnx.Module):
@@ -121,7 +158,7 @@ class Model(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Looks the tokens up; backbones are called alike, hence the media arguments."""
         if features is not None:
-            raise ValueError("a text-only Qwen2 takes no media features; use a VILA checkpoint")
+            raise ValueError("a text-only model takes no media features; use a VILA checkpoint")
         return self.text.embed(tokens, compute_dtype=compute_dtype)
 
     def hidden(
@@ -232,16 +269,18 @@ class Layer(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions; q, k and v have biases, o has none."""
+    """Grouped-query attention with rotary positions; o has no bias."""
 
     def __init__(self, cfg: Config, *, rngs: nnx.Rngs):
         self.cfg = cfg
         N, K, H = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-        self.q = layers.Linear(cfg.width, N * H, rngs=rngs)
-        self.k = layers.Linear(cfg.width, K * H, rngs=rngs)
-        self.v = layers.Linear(cfg.width, K * H, rngs=rngs)
+        self.q = layers.Linear(cfg.width, N * H, bias=cfg.qkv_bias, rngs=rngs)
+        self.k = layers.Linear(cfg.width, K * H, bias=cfg.qkv_bias, rngs=rngs)
+        self.v = layers.Linear(cfg.width, K * H, bias=cfg.qkv_bias, rngs=rngs)
         std = 1 / math.sqrt(N * H * 2 * cfg.num_layers)  # residuals add up to order 1 at birth
         self.o = layers.Linear(N * H, cfg.width, bias=False, std=std, rngs=rngs)
+        self.q_norm = layers.RmsNorm(H, eps=cfg.norm_eps) if cfg.qk_norm else None
+        self.k_norm = layers.RmsNorm(H, eps=cfg.norm_eps) if cfg.qk_norm else None
 
     def __call__(
         self,
@@ -254,10 +293,12 @@ class Attention(nnx.Module):
         attention: Callable[..., Array] = attend,
     ) -> Float[Array, "B T D"]:
         B, T, _ = x.shape
-        H, theta = self.cfg.head_dim, self.cfg.rope_theta
-        q_BTNH = layers.rotate(self.q(x).reshape(B, T, -1, H), rope_pos, theta=theta)
-        k_BTKH = layers.rotate(self.k(x).reshape(B, T, -1, H), rope_pos, theta=theta)
-        v_BTKH = self.v(x).reshape(B, T, -1, H)
+        q_BTNH, k_BTKH, v_BTKH = (
+            project(x).reshape(B, T, -1, self.cfg.head_dim) for project in (self.q, self.k, self.v)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        q_BTNH, k_BTKH = (rotate(y, rope_pos, self.cfg.rope) for y in (q_BTNH, k_BTKH))
         o_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, order, branch, segment)
         return self.o(checkpoint_name(o_BTNH.reshape(B, T, -1), "attention"))
 
@@ -306,7 +347,11 @@ def table(cfg: Config, *, hf: str = "") -> dict[str, Param]:
     """Returns the row of every parameter; `hf` stands before every Hugging Face name."""
     layer = hf + "model.layers.{i}."
     rows = {
-        "table": Param(hf + "model.embed_tokens.weight", ("vocab", "embed")),
+        "table": Param(
+            hf + "model.embed_tokens.weight",
+            ("vocab", "embed"),
+            copy=hf + HEAD if cfg.tied else "",
+        ),
         "layers.norm1.scale": Param(layer + "input_layernorm.weight", (None,)),
         "layers.norm2.scale": Param(layer + "post_attention_layernorm.weight", (None,)),
         "norm.scale": Param(hf + "model.norm.weight", (None,)),
@@ -314,7 +359,10 @@ def table(cfg: Config, *, hf: str = "") -> dict[str, Param]:
     for name in ("q", "k", "v"):
         at = f"{layer}self_attn.{name}_proj."
         rows[f"layers.attn.{name}.kernel"] = Param(at + "weight", ("embed", "heads"), (1, 0))
-        rows[f"layers.attn.{name}.bias"] = Param(at + "bias", ("heads",))
+        if cfg.qkv_bias:
+            rows[f"layers.attn.{name}.bias"] = Param(at + "bias", ("heads",))
+    for name in ("q_norm", "k_norm") if cfg.qk_norm else ():
+        rows[f"layers.attn.{name}.scale"] = Param(f"{layer}self_attn.{name}.weight", (None,))
     rows["layers.attn.o.kernel"] = Param(
         layer + "self_attn.o_proj.weight", ("heads", "embed"), (1, 0)
     )
@@ -323,7 +371,7 @@ def table(cfg: Config, *, hf: str = "") -> dict[str, Param]:
         rows[f"layers.mlp.{name}.kernel"] = Param(at, ("embed", "mlp"), (1, 0))
     rows["layers.mlp.down.kernel"] = Param(layer + "mlp.down_proj.weight", ("mlp", "embed"), (1, 0))
     if not cfg.tied:
-        rows["head_kernel"] = Param(hf + "lm_head.weight", ("embed", "vocab"), (1, 0))
+        rows["head_kernel"] = Param(hf + HEAD, ("embed", "vocab"), (1, 0))
     return {f"text.{path}": row for path, row in rows.items()}
 
 
@@ -338,4 +386,4 @@ def video_layout(cfg: Config) -> None:
 
 def feature_width(cfg: Config, stage: str) -> int:
     """A text-only model stores no features; refuses."""
-    raise ValueError(f"a text-only Qwen2 has no media stage {stage!r}; use a VILA checkpoint")
+    raise ValueError(f"a text-only model has no media stage {stage!r}; use a VILA checkpoint")

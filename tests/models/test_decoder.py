@@ -1,6 +1,8 @@
-"""Qwen2 against `transformers`, block by block; what scanning, remat and the mesh may change."""
+"""Qwen2, Qwen3 and Llama against `transformers`, block by block; what scanning, remat and the mesh
+may change."""
 
 import contextlib
+import copy
 import functools
 import json
 
@@ -10,30 +12,37 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from tiny_models import write_qwen2
+from tiny_models import FAMILIES, LLAMA3, THETA, YARN, write_text
 
 from longrl_jax import models
-from longrl_jax.models import layers, qwen2
+from longrl_jax.models import decoder
+from longrl_jax.models.rope import Rope, parse_rope, rates, rotate
 from longrl_jax.sharding import make_mesh
 
 ATOL = 2e-5  # float32 sums of up to 96 products, in another order; states are of order 1 to 10
 GRAD_RTOL = 1e-5  # the same sums, recomputed by another program
+BF16_SHARE = 1.5  # of the mean error of transformers: the same types, sums in another order
 B, T = 2, 24
 
 
 @pytest.fixture(scope="module")
 def pair(request, tmp_path_factory):
-    """(torch model, our config, our model, the folder both come from); the head is untied, or as
-    `tied_and_untied` says."""
-    folder = tmp_path_factory.mktemp("qwen2")
-    torch_model = write_qwen2(folder, tied=getattr(request, "param", False))
+    """(torch model, our config, our model, the folder both come from); Qwen2 with an untied head,
+    or as `tied_and_untied` or `families` say."""
+    family, tied = getattr(request, "param", ("qwen2", False))
+    folder = tmp_path_factory.mktemp(family)
+    torch_model = write_text(folder, family, tied=tied)
     cfg, model = models.load(folder)
     return torch_model, cfg, model, folder
 
 
-tied_and_untied = pytest.mark.parametrize(
-    "pair", [True, False], ids=["tied", "untied"], indirect=True, scope="module"
-)
+def pairs(*params):
+    ids = [f"{family}-{'tied' if tied else 'untied'}" for family, tied in params]
+    return pytest.mark.parametrize("pair", params, ids=ids, indirect=True, scope="module")
+
+
+tied_and_untied = pairs(("qwen2", True), ("qwen2", False))
+families = pairs(*((family, False) for family in FAMILIES))
 
 
 def ids_of(rows=B, length=T):
@@ -68,8 +77,25 @@ def layer_at(stack, i):
     return nnx.merge(graphdef, jax.tree.map(lambda x: x[i], state))
 
 
+BLOCKS = [
+    *((("qwen2", False), block) for block in ("norm1", "attn", "norm2", "mlp", "layer")),
+    *(
+        ((family, False), block)
+        for family in FAMILIES
+        if family != "qwen2"
+        for block in ("attn", "layer")
+    ),
+]  # the other blocks do not know their family
+
+
+@pytest.mark.parametrize(
+    ("pair", "block"),
+    BLOCKS,
+    ids=[f"{family}-{block}" for (family, _), block in BLOCKS],
+    indirect=["pair"],
+    scope="module",
+)
 @pytest.mark.parametrize("index", [0, 1])
-@pytest.mark.parametrize("block", ["norm1", "attn", "norm2", "mlp", "layer"])
 def test_block_equals_transformers(pair, rng, index, block):
     torch_model, _, model, _ = pair
     tokens = rng.integers(0, 99, (B, T))
@@ -88,6 +114,7 @@ def test_block_equals_transformers(pair, rng, index, block):
     np.testing.assert_allclose(got, want, atol=ATOL)
 
 
+@families
 def test_rotation_equals_transformers(pair, rng):
     from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
@@ -97,11 +124,11 @@ def test_rotation_equals_transformers(pair, rng):
     torch_q = torch.tensor(q).transpose(1, 2)
     cos, sin = torch_model.model.rotary_emb(torch_q, torch.tensor(pos))
     want = apply_rotary_pos_emb(torch_q, torch_q, cos, sin)[0].transpose(1, 2)
-    got = layers.rotate(jnp.asarray(q), jnp.asarray(pos), theta=cfg.rope_theta)
+    got = rotate(jnp.asarray(q), jnp.asarray(pos), cfg.rope)
     np.testing.assert_allclose(got, want, atol=1e-4)  # an angle of 500 has 3e-5 of rounding
 
 
-@tied_and_untied
+@pairs(*((family, tied) for family in FAMILIES for tied in (True, False)))
 def test_logits_equal_transformers(pair, rng):
     torch_model, _, model, _ = pair
     tokens = rng.integers(0, 99, (B, T))
@@ -110,6 +137,7 @@ def test_logits_equal_transformers(pair, rng):
     np.testing.assert_allclose(logits_of(model, jnp.asarray(tokens)), want, atol=1e-4)
 
 
+@pairs(("qwen2", False), ("qwen3", False), ("llama3", False))
 def test_branches_of_a_group_row_equal_separate_rows(pair, rng):
     torch_model, _, model, _ = pair
     prefix, first, second = (rng.integers(0, 99, n) for n in (9, 5, 7))
@@ -154,11 +182,11 @@ def test_unknown_remat_lists_the_known(pair):
 
 def test_one_layer_is_compiled_whatever_their_number():
     def num_dots(num_layers):
-        cfg = qwen2.Config(
+        cfg = decoder.Config(
             vocab_size=16, width=32, num_layers=num_layers, num_heads=2, num_kv_heads=1,
-            head_dim=16, mlp_width=32, norm_eps=1e-6, rope_theta=1e4, tied=True,
+            head_dim=16, mlp_width=32, norm_eps=1e-6, rope=Rope(theta=1e4), tied=True,
         )  # fmt: skip
-        model = nnx.eval_shape(lambda: qwen2.Model(cfg, rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda: decoder.Model(cfg, rngs=nnx.Rngs(0)))
         graphdef, state = nnx.split(model)
         tokens = jnp.zeros((1, 8), jnp.int32)
         program = jax.make_jaxpr(lambda s: logits_of(nnx.merge(graphdef, s), tokens))(state)
@@ -192,6 +220,20 @@ def test_parameters_are_split_as_the_table_says(pair):
     assert odd[0] is None and odd[1] == ("fsdp", "seq")
 
 
+@pairs(("qwen2", True), ("qwen3", False), ("llama3", False))
+def test_bfloat16_errs_about_as_much_as_transformers(pair, rng):
+    torch_model, _, model, _ = pair
+    tokens = rng.integers(0, 99, (B, T))
+    with torch.no_grad():
+        exact = torch_model(torch.tensor(tokens)).logits.numpy()
+        rounded = copy.deepcopy(torch_model).bfloat16()(torch.tensor(tokens)).logits
+    theirs = np.abs(rounded.float().numpy() - exact).mean()
+    x = model.embed(jnp.asarray(tokens), compute_dtype=jnp.bfloat16)
+    h = model.hidden(x, *ids_of(), compute_dtype=jnp.bfloat16)
+    ours = np.abs(np.asarray(h @ model.head().astype(jnp.bfloat16), np.float32) - exact).mean()
+    assert 0 < ours < BF16_SHARE * theirs
+
+
 def test_bfloat16_compute_keeps_float32_parameters(pair):
     _, _, model, _ = pair
     x = model.embed(jnp.zeros((1, 4), jnp.int32), compute_dtype=jnp.bfloat16)
@@ -203,11 +245,25 @@ def test_bfloat16_compute_keeps_float32_parameters(pair):
 @pytest.mark.parametrize(
     ("field", "value", "named"),
     [
-        ("model_type", "llama", "model_type"),
+        ("model_type", "mamba", "one of qwen2, qwen3, llama"),
         ("use_sliding_window", True, "use_sliding_window"),
         ("hidden_act", "gelu", "hidden_act"),
         ("quantization_config", {"bits": 4}, "quantization_config"),
-        ("rope_parameters", {"rope_type": "yarn", "factor": 4.0}, "rope_type"),
+        ("layer_types", ["full_attention", "sliding_attention"], "layer_types='sliding_attention'"),
+        ("partial_rotary_factor", 0.5, "partial_rotary_factor"),
+        ("rope_interleaved", True, "rope_interleaved"),
+        ("mlp_bias", True, "mlp_bias"),
+        ("rope_parameters", {"rope_type": "linear", "factor": 4.0}, "rope_parameters.rope_type"),
+        ("rope_parameters", {"rope_type": ["yarn"]}, "rope_parameters.rope_type"),
+        ("rope_parameters", {"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddi"),
+        ("rope_parameters", YARN | {"mscale": 0.7}, "rope_parameters.mscale=0.7"),
+        ("rope_parameters", YARN | {"factor": "4"}, "rope_parameters: factor='4' must be"),
+        (
+            "rope_parameters",
+            LLAMA3 | {"high_freq_factor": 1.0},
+            "high_freq_factor=1 must be over low_freq_factor=1",
+        ),
+        ("rope_parameters", {"mrope_section": [16, 24, 24]}, "rope_parameters.mrope_section"),
         ("num_hidden_layers", None, "num_hidden_layers"),
         ("num_key_value_heads", 3, "num_key_value_heads"),
     ],
@@ -216,7 +272,14 @@ def test_a_field_we_would_have_to_ignore_is_refused(pair, field, value, named):
     _, _, _, folder = pair
     tree = json.loads((folder / "config.json").read_text()) | {field: value}
     with pytest.raises(ValueError, match=named):
-        qwen2.parse_config(tree, where="here")
+        decoder.parse_config(tree, where="here")
+
+
+@pairs(("qwen3", False), ("llama", False))
+def test_biases_that_a_config_asks_for_are_refused(pair):
+    tree = json.loads((pair[3] / "config.json").read_text()) | {"attention_bias": True}
+    with pytest.raises(ValueError, match="attention_bias=True is not supported"):
+        decoder.parse_config(tree, where="here")
 
 
 def test_a_text_model_takes_no_features(pair):
@@ -224,29 +287,56 @@ def test_a_text_model_takes_no_features(pair):
     tokens = jnp.zeros((1, 4), jnp.int32)
     with pytest.raises(ValueError, match="no media features"):
         model.embed(tokens, tokens > 0, jnp.zeros((1, 4, 8)))
-    assert qwen2.video_layout(cfg) is None
+    assert decoder.video_layout(cfg) is None
 
 
+@families
 def test_older_configs_say_theta_at_the_top(pair):
+    """As transformers 4 wrote them: "type" or "rope_type" among the fields of rope_scaling."""
     _, cfg, _, folder = pair
     tree = json.loads((folder / "config.json").read_text())
-    del tree["rope_parameters"]
-    older = tree | {"rope_theta": 3e3, "rope_scaling": None}
-    assert qwen2.parse_config(older, where="here") == cfg
+    fields = tree.pop("rope_parameters")
+    del fields["rope_theta"]
+    kind = fields.pop("rope_type")
+    for name in ("type", "rope_type"):
+        scaling = None if kind == "default" else fields | {name: kind}
+        older = tree | {"rope_theta": THETA, "rope_scaling": scaling}
+        assert decoder.parse_config(older, where="here") == cfg
+
+
+@pytest.mark.parametrize("family", ["qwen2_yarn", "llama3"])
+def test_a_scaling_leaves_fast_pairs_alone_and_slows_the_slow_ones(family):
+    """So that the parity above says something about every band."""
+    fields = FAMILIES[family][1]["rope_parameters"]
+    tree = {"model_type": "llama", "rope_parameters": fields}
+    scaled_h = rates(parse_rope(tree, where="here"), 16)[0]
+    share_h = rates(Rope(theta=THETA), 16)[0] / scaled_h
+    assert share_h[0] == 1 and share_h[-1] == pytest.approx(fields["factor"])
+    assert any(1.01 < share < 0.99 * fields["factor"] for share in share_h)
+
+
+def test_a_tokens_angle_is_exact_where_the_published_lengths_end():
+    """float32 angles of position 131,071 against float64: rounding of the product alone."""
+    pos = jnp.asarray([[131_071]])
+    x = jnp.ones((1, 1, 1, 128))
+    got = rotate(x, pos, Rope(theta=1e6))[0, 0, 0]
+    angle_h = 131_071 * rates(Rope(theta=1e6), 128)[0].astype(np.float64)
+    want = np.concatenate([np.cos(angle_h) - np.sin(angle_h), np.cos(angle_h) + np.sin(angle_h)])
+    np.testing.assert_allclose(got, want, atol=131_071 * 2**-23)
 
 
 @pytest.mark.parametrize("mesh", [None, {"data": 2, "seq": 4}])
 def test_an_mlp_in_chunks_of_tokens_is_the_same_mlp(mesh, monkeypatch):
     """Values and gradients; 24 tokens a device in three chunks of 8, and the chunks are there."""
-    cfg = qwen2.Config(
+    cfg = decoder.Config(
         vocab_size=9, width=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8,
-        mlp_width=24, norm_eps=1e-6, rope_theta=1e4, tied=False,
+        mlp_width=24, norm_eps=1e-6, rope=Rope(theta=1e4), tied=False,
     )  # fmt: skip
-    graphdef, state = nnx.split(qwen2.Mlp(cfg, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(decoder.Mlp(cfg, rngs=nnx.Rngs(0)))
     x = jax.random.normal(jax.random.key(1), (2, 24 * (4 if mesh else 1), 16))
 
     def run(chunk):
-        monkeypatch.setattr(qwen2, "MLP_CHUNK", chunk)
+        monkeypatch.setattr(decoder, "MLP_CHUNK", chunk)
 
         def loss(state, x):
             return jnp.sin(nnx.merge(graphdef, state)(x)).sum()
@@ -264,5 +354,5 @@ def test_an_mlp_in_chunks_of_tokens_is_the_same_mlp(mesh, monkeypatch):
 
 
 def test_chunks_divide_the_tokens_or_there_is_one(monkeypatch):
-    monkeypatch.setattr(qwen2, "MLP_CHUNK", 10)
-    assert [qwen2._num_chunks(n) for n in (1, 10, 11, 24, 35, 31)] == [1, 1, 1, 3, 5, 1]
+    monkeypatch.setattr(decoder, "MLP_CHUNK", 10)
+    assert [decoder._num_chunks(n) for n in (1, 10, 11, 24, 35, 31)] == [1, 1, 1, 3, 5, 1]
