@@ -47,6 +47,9 @@ class Rope:
 
     theta: float
     scaling: Scaling = None
+    sections: tuple[int, ...] = ()
+    """Of M-RoPE (arXiv:2409.12191 section 2.1): how many of a head's pairs turn with the first,
+    second, ... number of a position; positions of one number: all with that."""
 
 
 def parse_rope(tree: Mapping[str, Any], *, where: str) -> Rope:
@@ -103,14 +106,25 @@ def rates(
 
 
 def rotate(
-    x: Float[Array, "B T N H"], rope_pos: Int[Array, "B T"], rope: Rope
+    x: Float[Array, "B T N H"], rope_pos: Int[Array, "B T *axes"], rope: Rope
 ) -> Float[Array, "B T N H"]:
     """Rotary embedding on halves (arXiv:2104.09864, in the layout of transformers)."""
-    half = x.shape[-1] // 2
+    dtype = wide(x).dtype
+    rate_h, factor = rates(rope, x.shape[-1], dtype)
+    pos_BTh = rope_pos[..., None]
+    if rope_pos.ndim == 3:
+        pos_BTh = rope_pos[..., np.repeat(np.arange(len(rope.sections)), rope.sections)]
+    angle_BTh = pos_BTh.astype(dtype) * rate_h  # exact up to 2**24 tokens
+    return rotate_by(x, angle_BTh[..., None, :], factor)
+
+
+def rotate_by(
+    x: Float[Array, "... H"], angle: Float[Array, "... h"], factor: float = 1.0
+) -> Float[Array, "... H"]:
+    """Turns the pairs (i, i + H/2) of x by angle i, and makes them `factor` times as long."""
     y = wide(x)
-    rate_h, factor = rates(rope, x.shape[-1], y.dtype)
-    angle_BT1h = rope_pos[..., None, None].astype(y.dtype) * rate_h  # exact up to 2**24 tokens
-    cos, sin = factor * jnp.cos(angle_BT1h), factor * jnp.sin(angle_BT1h)
+    half = x.shape[-1] // 2
+    cos, sin = factor * jnp.cos(angle), factor * jnp.sin(angle)
     first, second = y[..., :half], y[..., half:]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
