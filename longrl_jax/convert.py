@@ -87,13 +87,19 @@ def init(
     def write(folder: Path) -> None:
         times = [f"<{t}s>" for t in range(time_tokens)]
         inner = folder / backbone.LLM_FOLDER
-        llm["vocab_size"] = _write_tokenizer(inner, text, vocab_size, words=times)
+        token_ids: Mapping[str, str] = getattr(backbone, "TOKEN_IDS", {})
+        media = tuple(token_ids.values()) or MEDIA_TOKENS
+        numbers = _write_tokenizer(inner, text, vocab_size, words=times, media=media)
+        llm["vocab_size"] = len(numbers)
+        tree.update({field: numbers[token] for field, token in token_ids.items()})
         _write_json(folder / "config.json", tree)
         for sub in filter(None, backbone.FOLDERS):
             if not isinstance(tree.get(PARTS[sub]), dict):
                 raise ValueError(f"{config_json}: {PARTS[sub]} must hold the config of {sub}/")
             _write_json(folder / sub / "config.json", tree[PARTS[sub]])
         cfg = backbone.read_config(folder)
+        if hasattr(backbone, "processor_config"):
+            _write_json(folder / backbone.PROCESSORS[-1], backbone.processor_config(cfg))
         arrays = models.arrays_of(backbone.Model(cfg, rngs=nnx.Rngs(seed)))
         if looking_back:
             arrays = {**arrays, **_looking_back(arrays, backbone.text_config(cfg), looking_back)}
@@ -162,11 +168,19 @@ def inspect(folder: Path) -> Iterator[str]:
     )
     if (layout := backbone.video_layout(cfg)) is not None:
         (h, w), (rows, columns) = layout.image_size, layout.grid
-        yield f"video: frames of {h} x {w} px become {rows} x {columns} tokens and a separator"
+        if layout.pixels is None:
+            yield f"video: frames of {h} x {w} px become {rows} x {columns} tokens and a separator"
+        else:
+            fewest, most = layout.pixels
+            yield (
+                f"video: frames keep their aspect, {fewest} to {most} px; {h} x {w} px of "
+                f"{layout.unit_frames} frames become a token"
+            )
     count: collections.Counter[str] = collections.Counter()
     size_bytes: collections.Counter[str] = collections.Counter()
     for tensor in tensors:
         part = tensor.partition("/")[0] if "/" in tensor else "llm"
+        part = "visual" if "visual." in tensor else part
         key = f"{part} {tensors.dtype(tensor)}"
         size = int(np.prod(tensors.shape(tensor)))
         count[key] += size
@@ -205,8 +219,15 @@ def _looking_back(arrays: Mapping[str, Any], text: Any, strength: float) -> dict
     return changed
 
 
-def _write_tokenizer(folder: Path, text: str, vocab_size: int, *, words: Sequence[str] = ()) -> int:
-    """Trains and writes a tokenizer with ChatML's and VILA's tokens; returns its length.
+def _write_tokenizer(
+    folder: Path,
+    text: str,
+    vocab_size: int,
+    *,
+    words: Sequence[str] = (),
+    media: Sequence[str] = MEDIA_TOKENS,
+) -> dict[str, int]:
+    """Trains and writes a tokenizer with ChatML's and media tokens; returns its vocabulary.
 
     words: become tokens whole, wherever they stand.
     """
@@ -214,7 +235,7 @@ def _write_tokenizer(folder: Path, text: str, vocab_size: int, *, words: Sequenc
     from tokenizers import models as tokenizer_models
     from transformers import PreTrainedTokenizerFast
 
-    special = [END_OF_TEXT, START, END, *MEDIA_TOKENS]
+    special = [END_OF_TEXT, START, END, *media]
     fixed = len(special) + len(words)
     if vocab_size < NUM_BYTES + fixed:
         raise ValueError(
@@ -236,7 +257,7 @@ def _write_tokenizer(folder: Path, text: str, vocab_size: int, *, words: Sequenc
         tokenizer_object=tokenizer,
         eos_token=END,
         pad_token=END_OF_TEXT,
-        additional_special_tokens=[START, *MEDIA_TOKENS],
+        additional_special_tokens=[START, *media],
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
@@ -245,7 +266,7 @@ def _write_tokenizer(folder: Path, text: str, vocab_size: int, *, words: Sequenc
     ids = {token: tokenizer.token_to_id(token) for token in (END, END_OF_TEXT)}
     generation = {"eos_token_id": list(ids.values()), "pad_token_id": ids[END_OF_TEXT]}
     _write_json(folder / "generation_config.json", generation)
-    return len(wrapped)
+    return wrapped.get_vocab()
 
 
 def _write_json(path: Path, tree: dict[str, Any]) -> None:

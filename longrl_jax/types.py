@@ -13,7 +13,7 @@ A lower-case letter is the part of that dimension that one device holds.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,13 +42,34 @@ class VideoLayout:
     """What a backbone says of a video frame, so that prompts can be laid out without the model."""
 
     image_size: tuple[int, int]
-    """Height and width, in pixels, that frames are resized to."""
+    """Height and width, in pixels, that frames are resized to; with `pixels`: of one token."""
     grid: tuple[int, int]
-    """Height and width of one frame, in media tokens."""
+    """Height and width of a frame of image_size, in media tokens."""
     media_token: str
     """Token that stands where a media feature goes."""
     separator: str
-    """Text (one token) after every frame; embedded from the model's own table."""
+    """Text (one token) after every frame, embedded from the model's own table; empty: none."""
+    around: tuple[str, str] = ("", "")
+    """Texts before and after the tokens of a video."""
+    unit_frames: int = 1
+    """Frames that share their tokens; a video whose frames do not fill the last unit repeats its
+    last frame."""
+    pixels: tuple[int, int] | None = None
+    """Fewest and most pixels of a frame, whose size then follows the video's; None: image_size."""
+    resize: "Callable[[int, int, int, int], tuple[int, int]] | None" = None
+    """(height, width, *pixels) -> height and width that frames are resized to; with `pixels`."""
+    positions: "Callable[[int, Sequence[Media]], tuple[np.ndarray, int]] | None" = None
+    """(tokens of a prompt, its media) -> Prompt.rope_pos and next_rope_pos; None: 0, 1, 2, ..."""
+    media_apart: bool = False
+    """The engine takes tokens and media features apart, since its positions need the grids."""
+
+    def frame(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Returns the size in pixels, and the grid in tokens, of a video's frames."""
+        if self.pixels is None or self.resize is None:
+            return self.image_size, self.grid
+        size = self.resize(height, width, *self.pixels)
+        rows, columns = (a // b for a, b in zip(size, self.image_size, strict=True))
+        return size, (rows, columns)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +92,10 @@ class Media:
     """Media tokens (t * h * w), without separators such as the token that ends a frame."""
     offset: int
     """Index of the first media token in Prompt.tokens."""
+    unit_s: float = 1.0
+    """Seconds from one step of the grid's time to the next."""
+    stored: tuple[int, int] | None = None
+    """Height and width that the file says, where `size` follows them: frames must have them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

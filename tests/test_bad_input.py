@@ -428,7 +428,7 @@ CHECKPOINTS = {  # name -> (what happened to a whole one; what is said)
     ),
     "another model": (
         edit("config.json", model_type="mamba"),
-        ["model_type='mamba' is unknown; choose a checkpoint of llama, llava_llama, qwen2, qwen3"],
+        ["model_type='mamba' is unknown; choose a checkpoint of llama, llava_llama, qwen2, "],
     ),
     "a list as model": (edit("config.json", model_type=[]), ["model_type=[] is unknown"]),
     "a tensor lacks": (change(LLM, NORM, lambda x: None), [f"checkpoint lacks llm/{NORM}"]),

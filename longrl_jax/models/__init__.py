@@ -12,12 +12,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from longrl_jax.models import decoder, hf_files, vila, weights
+from longrl_jax.models import decoder, hf_files, qwen2_5_vl, vila, weights
 from longrl_jax.models.weights import to_host as to_host
 from longrl_jax.platform import disk_error
 
 BACKBONES: dict[str, ModuleType] = {
     **dict.fromkeys(decoder.KINDS, decoder),
+    "qwen2_5_vl": qwen2_5_vl,
     "llava_llama": vila,
     "vila": vila,
 }
@@ -136,6 +137,11 @@ def save_text(
     shard_size_bytes: int = hf_files.SHARD_SIZE_BYTES,
 ) -> None:
     """Writes the language model alone, as a plain folder of its own architecture."""
+    if text_config(cfg).rope.sections:
+        raise ValueError(
+            f"{source_folder}: its language model has positions in three dims, which no text-only "
+            "architecture has; export the whole"
+        )
     folder, inner = Path(folder), llm_folder(source_folder)
     tensors = hf_files.open_tensors(inner)
     ours = weights.to_hf(
@@ -255,13 +261,17 @@ def arrays_of(model: nnx.Module | nnx.State) -> dict[str, Any]:
     return weights.by_path(model if isinstance(model, nnx.State) else nnx.state(model, nnx.Param))
 
 
+def text_config(cfg: Any) -> decoder.Config:
+    """Returns the language model's part of a backbone's config."""
+    return next(b for b in BACKBONES.values() if isinstance(cfg, b.Config)).text_config(cfg)
+
+
 def _text_rows(
     model: nnx.Module | nnx.State, cfg: Any
 ) -> tuple[dict[str, Any], dict[str, weights.Param]]:
     """Returns the arrays of the part `text` and its table with the names inside llm_folder."""
     arrays = {p: x for p, x in arrays_of(model).items() if p.startswith("text.")}
-    backbone = next(b for b in BACKBONES.values() if isinstance(cfg, b.Config))
-    return arrays, decoder.table(backbone.text_config(cfg))
+    return arrays, decoder.table(text_config(cfg))
 
 
 def _copy_text_files(source: Path, folder: Path, subfolders: Sequence[str]) -> None:

@@ -431,6 +431,7 @@ def test_the_language_model_alone_loads_in_transformers(vila_folder, loaded, tmp
 def test_an_unknown_model_type_lists_the_known(tmp_path, tree):
     (tmp_path / "config.json").write_text(json.dumps(tree))
     with pytest.raises(
-        ValueError, match="choose a checkpoint of llama, llava_llama, qwen2, qwen3, vila"
+        ValueError,
+        match="choose a checkpoint of llama, llava_llama, qwen2, qwen2_5_vl, qwen3, vila",
     ):
         models.backbone_of(tmp_path)
