@@ -1,5 +1,7 @@
 """A run's rollout engines: made by config, fed as one. Imports vLLM only where it runs inline."""
 
+import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +15,31 @@ from rollout_bridge.weight_sync import Named, layers
 X = TypeVar("X")
 MIN_TEMPERATURE = 0.01
 """vLLM samples at this temperature where a lower one is asked for; 0 is greedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineMedia:
+    """An image or a video of a prompt, for an engine that has no tower of its own."""
+
+    kind: str
+    """image or video."""
+    offset: int
+    """Of its first media token."""
+    grid: tuple[int, int, int]
+    """Time, height and width, in media tokens."""
+    unit_s: float
+    """Seconds from one step of the grid's time to the next."""
+    features: Any
+    """[M, D], M = product of the grid: what stands at its tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaPrompt:
+    """A prompt whose positions follow from its media: tokens, and what stands at media tokens."""
+
+    tokens: Any
+    """Integers [P], every media token in its place."""
+    media: tuple[EngineMedia, ...]
 
 
 class EngineError(RuntimeError):
@@ -155,6 +182,9 @@ def check_request(
             f"{MIN_TEMPERATURE} (vLLM would raise it to that), or 0 (greedy) for one sample"
         )
     for index, prompt in enumerate(prompts):
+        if isinstance(prompt, MediaPrompt):
+            _check_media(index, prompt, hidden)
+            prompt = prompt.tokens
         if prompt.ndim not in (1, 2) or prompt.shape[0] == 0:
             raise ValueError(
                 f"prompt {index} is {list(prompt.shape)}; give [P] tokens or [P, {hidden}]"
@@ -178,6 +208,60 @@ def check_request(
                 f"prompt {index} of {prompt.shape[0]} tokens and {max_tokens} new ones exceed "
                 f"rollout.max_model_len={max_model_len}; raise it or shorten the prompt"
             )
+
+
+def _check_media(index: int, prompt: MediaPrompt, hidden: int) -> None:
+    """Raises ValueError for media that do not stand in the prompt as they say."""
+    free = 0
+    for medium in sorted(prompt.media, key=lambda m: m.offset):
+        shape, num_tokens = tuple(medium.features.shape), math.prod(medium.grid)
+        placed = prompt.tokens[medium.offset : medium.offset + num_tokens]
+        if medium.kind not in ("image", "video") or (medium.kind == "image" and medium.grid[0] > 1):
+            raise ValueError(
+                f"prompt {index} holds a {medium.kind!r} of {medium.grid[0]} steps in time; media "
+                "are images, of one step, and videos"
+            )
+        if medium.offset < free or len(placed) < num_tokens or len(set(placed.tolist())) != 1:
+            raise ValueError(
+                f"prompt {index}: {num_tokens} equal media tokens must stand at {medium.offset}, "
+                f"behind the medium before it and inside its {len(prompt.tokens)} tokens"
+            )
+        if shape != (num_tokens, hidden) or str(medium.features.dtype) not in weight_sync.DTYPES:
+            raise ValueError(
+                f"prompt {index}: features are {medium.features.dtype}{list(shape)}, a grid of "
+                f"{medium.grid} wants [{num_tokens}, {hidden}] in one of "
+                f"{', '.join(weight_sync.DTYPES)}"
+            )
+        free = medium.offset + num_tokens
+
+
+def to_arrays(prompts: Sequence[Any]) -> tuple[list[Any], list[list[dict[str, Any]] | None]]:
+    """Returns the arrays of prompts, one after another, and what `from_arrays` must know."""
+    arrays: list[Any] = []
+    notes: list[list[dict[str, Any]] | None] = []
+    for prompt in prompts:
+        if not isinstance(prompt, MediaPrompt):
+            arrays.append(prompt)
+            notes.append(None)
+            continue
+        arrays += [prompt.tokens, *(m.features for m in prompt.media)]
+        fields = ("kind", "offset", "grid", "unit_s")
+        notes.append([{name: getattr(m, name) for name in fields} for m in prompt.media])
+    return arrays, notes
+
+
+def from_arrays(arrays: Sequence[Any], notes: Sequence[list[dict[str, Any]] | None]) -> list[Any]:
+    """Undoes to_arrays."""
+    left = iter(arrays)
+    prompts: list[Any] = []
+    for note in notes:
+        tokens = next(left)
+        if note is None:
+            prompts.append(tokens)
+        else:
+            media = tuple(EngineMedia(**fields, features=next(left)) for fields in note)
+            prompts.append(MediaPrompt(tokens, media))
+    return prompts
 
 
 def _each(engines: Sequence[Engine], call: Callable[[int], X]) -> list[X]:

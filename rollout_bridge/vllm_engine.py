@@ -6,6 +6,7 @@ Facts it rests on: docs/measured.md section 2.
 
 import dataclasses
 import gc
+import json
 import os
 import warnings
 from collections.abc import Iterable, Sequence
@@ -29,11 +30,19 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from longrl_jax.config import RolloutConfig
 from longrl_jax.types import Sample
 from rollout_bridge import weight_sync
-from rollout_bridge.engines import EngineError, check_request, sync_all
+from rollout_bridge.engines import EngineError, MediaPrompt, check_request, sync_all
 from rollout_bridge.weight_sync import Named, Row
 
 BLOCK_TOKENS = 128
 """Tokens of a prefix-cache block: vLLM's only size on CPU, and ours on GPUs."""
+
+
+MEDIA_OPTIONS: dict[str, Any] = {
+    "enable_mm_embeds": True,
+    "limit_mm_per_prompt": {"image": 0, "video": 0},  # no tower; features are not counted
+    "mm_processor_cache_gb": 0,
+}
+"""For a checkpoint with a vision tower, which vLLM then leaves out."""
 
 
 class VllmEngine:
@@ -64,6 +73,8 @@ class VllmEngine:
         self._stop_tokens = list(stop_tokens)
         on_cpu = not torch.cuda.is_available()
         tp = cfg.tensor_parallel
+        config = json.loads((Path(llm_dir) / "config.json").read_text())
+        self._merge: int | None = config.get("vision_config", {}).get("spatial_merge_size")
         self._llm: Any = LLM(
             model=str(llm_dir),
             seed=seed,
@@ -77,8 +88,8 @@ class VllmEngine:
             enforce_eager=on_cpu,
             enable_chunked_prefill=not on_cpu,  # vLLM 0.32 rewinds a split prompt's seed: CUDA only
             enable_prefix_caching=True,
-            enable_prompt_embeds=True,
-            skip_tokenizer_init=True,
+            enable_prompt_embeds=self._merge is None,
+            **(MEDIA_OPTIONS if self._merge else {"skip_tokenizer_init": True}),
             generation_config="vllm",  # nothing but our SamplingParams decides how we sample
             logprobs_mode="processed_logprobs",
             logits_processors=[BannedTokens] if banned_tokens else None,
@@ -105,8 +116,10 @@ class VllmEngine:
     ) -> list[tuple[Sample, ...]]:
         """Draws num_samples answers to each prompt; temperature 0 is greedy (one answer).
 
-        A prompt is [P, D] embeddings (jax or numpy) or [P] integer token ids. Sample i of a prompt
-        has seed seeds[prompt] + i and depends on nothing else but prompt, weights and settings.
+        A prompt is [P, D] embeddings (jax or numpy), [P] integer token ids or, on a checkpoint with
+        a vision tower, a MediaPrompt (that engine takes no embeddings: it makes the positions).
+        Sample i of a prompt has seed seeds[prompt] + i and depends on nothing else but prompt,
+        weights and settings.
         """
         if self.version is None:
             raise EngineError(f"a push to {self.name} broke off: its weights are a mixture; sync")
@@ -119,6 +132,7 @@ class VllmEngine:
             temperature=temperature,
             max_tokens=max_tokens,
         )
+        self._check_kinds(prompts)
         params = [
             SamplingParams(
                 n=num_samples,
@@ -132,11 +146,26 @@ class VllmEngine:
             )
             for seed in seeds
         ]
-        outputs = self._llm.generate([_request(p) for p in prompts], params, use_tqdm=False)
+        requests = [_request(p, self._merge) for p in prompts]
+        outputs = self._llm.generate(requests, params, use_tqdm=False)
         return [
             tuple(_sample(choice, seed) for choice in sorted(out.outputs, key=lambda c: c.index))
             for out, seed in zip(outputs, seeds, strict=True)
         ]
+
+    def _check_kinds(self, prompts: Sequence[Any]) -> None:
+        """Raises ValueError for a kind of prompt that this engine's model would misread."""
+        for index, prompt in enumerate(prompts):
+            with_media = isinstance(prompt, MediaPrompt)
+            if with_media and self._merge is None:
+                raise ValueError(
+                    f"prompt {index} has media, {self.name} takes tokens or embeddings"
+                )
+            if self._merge and not with_media and prompt.ndim == 2:
+                raise ValueError(
+                    f"prompt {index} is embeddings, whose positions {self.name} cannot know; give "
+                    "a MediaPrompt"
+                )
 
     def sync(self, weights: Iterable[Named], version: int) -> None:
         """Replaces all weights; extra memory is one layer of `weights`. Names are Hugging Face's.
@@ -211,10 +240,36 @@ _OPEN: set[VllmEngine] = set()
 engine stays here: collected, it would take that state from under the others."""
 
 
-def _request(prompt: Any) -> dict[str, Any]:
+def _request(prompt: Any, merge: int | None) -> dict[str, Any]:
+    """merge: patches along one side of a media token."""
+    if isinstance(prompt, MediaPrompt):
+        return _media_request(prompt, merge or 1)
     if prompt.ndim == 2:
         return {"prompt_embeds": to_torch(prompt)}
     return {"prompt_token_ids": np.asarray(prompt).tolist()}
+
+
+def _media_request(prompt: MediaPrompt, merge: int) -> dict[str, Any]:
+    """vLLM takes one placeholder a medium, which it expands, and grids in patches. It knows media
+    again by a digest of their features, so other weights are never served from a cache."""
+    keep_P = np.ones(len(prompt.tokens), bool)
+    data: dict[str, dict[str, torch.Tensor]] = {}
+    for kind in ("image", "video"):
+        media = [m for m in sorted(prompt.media, key=lambda m: m.offset) if m.kind == kind]
+        for medium in media:
+            keep_P[medium.offset + 1 : medium.offset + len(medium.features)] = False
+        if media:
+            grids = [(m.grid[0], m.grid[1] * merge, m.grid[2] * merge) for m in media]
+            data[kind] = {
+                f"{kind}_embeds": torch.cat([to_torch(m.features) for m in media]),
+                f"{kind}_grid_thw": torch.tensor(grids),
+            }
+        if media and kind == "video":
+            data[kind]["second_per_grid_ts"] = torch.tensor([float(m.unit_s) for m in media])
+    return {
+        "prompt_token_ids": np.asarray(prompt.tokens)[keep_P].tolist(),
+        "multi_modal_data": data,
+    }
 
 
 def _sample(choice: Any, seed: int) -> Sample:

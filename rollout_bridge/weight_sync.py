@@ -18,6 +18,11 @@ import numpy as np
 
 HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
+TOWER = ("visual.", "model.visual.")
+"""How names of a vision tower begin that stands in the folder of a language model; the engine has
+none, it takes features."""
+RENAMED = ("model.language_model.", "model.")
+"""How transformers calls such a language model since 4.52, and as published; vLLM knows both."""
 ALIGN_BYTES = 64
 """Start of every array in a shared file, for aligned loads."""
 DTYPES = ("float32", "bfloat16", "float16")
@@ -91,7 +96,8 @@ def expected_shapes(llm_dir: Path | str) -> dict[str, tuple[int, ...]]:
     """Returns name -> shape of all weights that a push must carry, read from safetensors headers.
 
     A tied checkpoint has no lm_head.weight, but a push needs it: the engine keeps a packed copy of
-    the head that would otherwise go stale (docs/measured.md 2.5).
+    the head that would otherwise go stale (docs/measured.md 2.5). Of a folder that holds a vision
+    tower too (Qwen2.5-VL), the language model's are returned, by their published names.
     """
     files = sorted(Path(llm_dir).glob("*.safetensors"))
     if not files:
@@ -101,7 +107,10 @@ def expected_shapes(llm_dir: Path | str) -> dict[str, tuple[int, ...]]:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
-        shapes |= {n: tuple(e["shape"]) for n, e in header.items() if n != "__metadata__"}
+        for name, entry in header.items():
+            if name != "__metadata__" and not name.startswith(TOWER):
+                name = name.replace(*RENAMED) if name.startswith(RENAMED[0]) else name
+                shapes[name] = tuple(entry["shape"])
     if HEAD not in shapes and EMBEDDING in shapes:
         shapes[HEAD] = shapes[EMBEDDING]
     return shapes

@@ -21,7 +21,13 @@ from typing import Any
 from longrl_jax.config import RolloutConfig
 from longrl_jax.types import Sample
 from rollout_bridge import weight_sync
-from rollout_bridge.engines import EngineError, check_request, sync_all
+from rollout_bridge.engines import (
+    EngineError,
+    check_request,
+    from_arrays,
+    sync_all,
+    to_arrays,
+)
 from rollout_bridge.weight_sync import Named, SharedFile
 
 POLL_S = 0.5
@@ -98,14 +104,15 @@ class WorkerEngine:
             temperature=temperature,
             max_tokens=max_tokens,
         )
-        rows = self._shared.write(prompts)
+        arrays, notes = to_arrays(prompts)
+        rows = self._shared.write(arrays)
         settings = {
             "num_samples": num_samples,
             "temperature": temperature,
             "max_tokens": max_tokens,
             "seeds": [int(seed) for seed in seeds],
         }
-        samples = self._call("generate", self._shared.path, rows, settings)
+        samples = self._call("generate", self._shared.path, rows, notes, settings)
         self._shared.clear()
         return samples
 
@@ -290,8 +297,8 @@ def _end_with(learner_pid: int) -> None:
 
 def _answer(engine: Any, method: str, args: tuple[Any, ...]) -> Any:
     if method == "generate":
-        path, rows, settings = args
-        return engine.generate(weight_sync.read(path, rows), **settings)
+        path, rows, notes, settings = args
+        return engine.generate(from_arrays(weight_sync.read(path, rows), notes), **settings)
     return getattr(engine, method)(*args)
 
 
