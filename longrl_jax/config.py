@@ -118,6 +118,12 @@ class DataConfig:
     """Frames of a video when fps is 0; the most frames of a video when fps is set."""
     fps: float = 0.0
     """Frames a second; 0: num_frames spread evenly over the video."""
+    min_pixels: int = 0
+    """Fewest pixels of a frame where its size follows the film's (Qwen2.5-VL); 0: the backbone's
+    own, 100352."""
+    max_pixels: int = 0
+    """Most pixels of such a frame; 0: the backbone's own, 602112. A token is 28 x 28 of them in two
+    frames."""
     timestamp: str = ""
     """Text before every frame, with {t} for its time in seconds, as in Qwen3-VL: " {t:.0f}" or
     "<{t:.1f} seconds>"; empty: none."""
@@ -140,6 +146,9 @@ class DataConfig:
             raise ValueError(f"data.num_frames={self.num_frames} is over 8192, the most we decode")
         if not 0 <= self.fps <= 1000:
             raise ValueError(f"data.fps={self.fps} must be 0 (uniform) to 1000")
+        for name in ("min_pixels", "max_pixels"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name}={getattr(self, name)} must be 0 or more")
         _check_timestamp(self.timestamp)
         _positive("data.decoder_processes", self.decoder_processes)
         _positive("data.decode_timeout_s", self.decode_timeout_s)

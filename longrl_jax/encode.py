@@ -34,7 +34,7 @@ class Encoder:
     """The frozen part of a backbone on the mesh."""
 
     encode: Callable[[np.ndarray], jax.Array]
-    """uint8 [F, H, W, 3] -> [F, n, C], F one of chunk_sizes."""
+    """uint8 [F, H, W, 3] -> [F / unit_frames, n, C], F one of chunk_sizes."""
     chunk_sizes: tuple[int, ...]
     """Smallest first."""
     width: int
@@ -44,6 +44,8 @@ class Encoder:
     """Name of the deepest frozen stage: packed or projected."""
     digest: str
     """Of every weight that the stage applies, and of what else its numbers depend on."""
+    unit_frames: int = 1
+    """Frames that become one row of n tokens."""
 
 
 def make_encoder(
@@ -56,9 +58,12 @@ def make_encoder(
     dtype: Any,
     mesh: jax.sharding.Mesh,
     digest: str,
+    unit_frames: int = 1,
     chunk_frames: int = CHUNK_FRAMES,
 ) -> Encoder:
     """Compiles the frozen stages for two numbers of frames, split over all devices but tensor.
+
+    Where the size of frames follows the video's, every size that occurs is compiled anew.
 
     frozen and trained together hold every parameter of the model that graphdef describes; of the
     trained only the shapes are used, since an update replaces their arrays.
@@ -69,16 +74,16 @@ def make_encoder(
         with jax.set_mesh(mesh):
             return run(frozen, jnp.asarray(frames_FHW3))
 
-    return Encoder(encode, chunk_sizes(mesh, chunk_frames), width, np.dtype(dtype), stage, digest)
+    sizes = chunk_sizes(mesh, chunk_frames, unit_frames)
+    return Encoder(encode, sizes, width, np.dtype(dtype), stage, digest, unit_frames)
 
 
-def chunk_sizes(mesh: jax.sharding.Mesh, chunk_frames: int = CHUNK_FRAMES) -> tuple[int, ...]:
-    """Returns the numbers of frames that the tower is compiled for, smallest first.
-
-    Devices part between any two frames: every backbone here takes them one by one. One that joins
-    neighbours (Qwen2.5-VL: two) has to round up to a multiple of them here.
-    """
-    split = mesh.devices.size // mesh.shape["tensor"]
+def chunk_sizes(
+    mesh: jax.sharding.Mesh, chunk_frames: int = CHUNK_FRAMES, unit_frames: int = 1
+) -> tuple[int, ...]:
+    """Returns the numbers of frames that the tower is compiled for, smallest first: whole units for
+    every device."""
+    split = mesh.devices.size // mesh.shape["tensor"] * unit_frames
     few = min(FEW_FRAMES, chunk_frames)
     return tuple(sorted({-(-size // split) * split for size in (few, chunk_frames)}))
 
@@ -136,22 +141,23 @@ def embed(
 
 
 def encode_chunk(encoder: Encoder, frames: UInt8[np.ndarray, "F Y X 3"]) -> np.ndarray:
-    """Encodes at most chunk_sizes[-1] frames of one video; returns [F * n, C].
+    """Encodes at most chunk_sizes[-1] frames of one video, whole units; returns [U * n, C].
 
     They are padded to one of the shapes. No frame of padding reaches the joined array, and a device
     that got nothing else is not read.
     """
-    F = len(frames)
+    F, unit = len(frames), encoder.unit_frames
+    assert F % unit == 0, f"{F} frames are no whole units of {unit}"
     size = next(size for size in encoder.chunk_sizes if size >= F)
     padded = np.zeros((size, *frames.shape[1:]), np.uint8)
     padded[:F] = frames
-    padded_FnC = encoder.encode(padded)
-    features_FnC = np.empty((F, *padded_FnC.shape[1:]), padded_FnC.dtype)
-    for part in padded_FnC.addressable_shards:
-        rows = range(size)[part.index[0]]
-        if part.replica_id == 0 and rows.start < F:
-            features_FnC[rows.start : rows.stop] = np.asarray(part.data)[: F - rows.start]
-    return features_FnC.reshape(-1, features_FnC.shape[-1])
+    padded_UnC, U = encoder.encode(padded), F // unit
+    features_UnC = np.empty((U, *padded_UnC.shape[1:]), padded_UnC.dtype)
+    for part in padded_UnC.addressable_shards:
+        rows = range(size // unit)[part.index[0]]
+        if part.replica_id == 0 and rows.start < U:
+            features_UnC[rows.start : rows.stop] = np.asarray(part.data)[: U - rows.start]
+    return features_UnC.reshape(-1, features_UnC.shape[-1])
 
 
 def features_of(prompt: Prompt, features: Mapping[str, np.ndarray]) -> np.ndarray | None:
@@ -173,7 +179,10 @@ def _encode_missing(
     count: Callable[[str, int], None],
 ) -> dict[str, video.VideoError]:
     """Decodes and encodes in the order that chunks arrive; returns the refused by Media.key."""
-    jobs = [video.Job(path=m.path, times_s=m.times_s, size=m.size, decoder=decoder) for m in media]
+    jobs = [
+        video.Job(path=m.path, times_s=m.times_s, size=m.size, decoder=decoder, stored=m.stored)
+        for m in media
+    ]
     refused: dict[str, video.VideoError] = {}
     writers: dict[int, video_cache.EntryWriter] = {}
     started_s = time.perf_counter()

@@ -37,14 +37,6 @@ BLOCK_TOKENS = 128
 """Tokens of a prefix-cache block: vLLM's only size on CPU, and ours on GPUs."""
 
 
-MEDIA_OPTIONS: dict[str, Any] = {
-    "enable_mm_embeds": True,
-    "limit_mm_per_prompt": {"image": 0, "video": 0},  # no tower; features are not counted
-    "mm_processor_cache_gb": 0,
-}
-"""For a checkpoint with a vision tower, which vLLM then leaves out."""
-
-
 class VllmEngine:
     """One vLLM model. `generate` and `sync` take turns; neither is thread-safe."""
 
@@ -73,8 +65,9 @@ class VllmEngine:
         self._stop_tokens = list(stop_tokens)
         on_cpu = not torch.cuda.is_available()
         tp = cfg.tensor_parallel
-        config = json.loads((Path(llm_dir) / "config.json").read_text())
-        self._merge: int | None = config.get("vision_config", {}).get("spatial_merge_size")
+        vision = _vision_config(Path(llm_dir) / "config.json")
+        self._merge: int | None = vision["spatial_merge_size"] if vision else None
+        kind = _media_options(vision, cfg.max_model_len) if vision else TEXT_OPTIONS
         self._llm: Any = LLM(
             model=str(llm_dir),
             seed=seed,
@@ -88,8 +81,7 @@ class VllmEngine:
             enforce_eager=on_cpu,
             enable_chunked_prefill=not on_cpu,  # vLLM 0.32 rewinds a split prompt's seed: CUDA only
             enable_prefix_caching=True,
-            enable_prompt_embeds=self._merge is None,
-            **(MEDIA_OPTIONS if self._merge else {"skip_tokenizer_init": True}),
+            **kind,
             generation_config="vllm",  # nothing but our SamplingParams decides how we sample
             logprobs_mode="processed_logprobs",
             logits_processors=[BannedTokens] if banned_tokens else None,
@@ -233,6 +225,29 @@ class VllmEngine:
         if self._group_name:  # a rank that was killed leaves its file
             for path in Path("/dev/shm").glob(f"{self._group_name}-*"):
                 path.unlink(missing_ok=True)
+
+
+TEXT_OPTIONS: dict[str, Any] = {"enable_prompt_embeds": True, "skip_tokenizer_init": True}
+"""For a language model, whose prompts may be embeddings."""
+
+
+def _vision_config(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        raise ValueError(f"there is no {path}; export the model there first")
+    return json.loads(path.read_text()).get("vision_config")
+
+
+def _media_options(vision: dict[str, Any], max_model_len: int) -> dict[str, Any]:
+    """For a checkpoint with a vision tower, which vLLM then leaves out: features come to it."""
+    token_px = vision["patch_size"] * vision["spatial_merge_size"]
+    return {
+        "enable_mm_embeds": True,
+        "limit_mm_per_prompt": {"image": 0, "video": 0},  # of pixels; features are not counted
+        "mm_processor_cache_gb": 0,
+        # No pixel is processed. vLLM refuses media of more tokens than the largest image has (or
+        # than it computes in a step), and by the published bounds an hour of film has more.
+        "mm_processor_kwargs": {"max_pixels": max_model_len * token_px**2},
+    }
 
 
 _OPEN: set[VllmEngine] = set()

@@ -1,7 +1,8 @@
 """From an Example to a Prompt: chat template, tokens, and where the frames of a video stand.
 
-The video comes before the question, so questions on one video share a long prefix. Every frame is
-grid h * w media tokens and one separator token (NVlabs/VILA encoders/video/basic.py).
+The video comes before the question, so questions on one video share a long prefix. Every frame (or
+unit of frames that share their tokens) is grid h * w media tokens and, for VILA, one separator
+(NVlabs/VILA encoders/video/basic.py).
 """
 
 import dataclasses
@@ -138,12 +139,13 @@ def encode_prompt(
     _refuse_special(example.question, tokenizer, f"the question of record {example.id!r}")
     asked = user_text(example, template)
     if not example.video:
-        return _prompt(example, np.array(_tokens(_chat(asked, tokenizer), tokenizer), np.int32))
+        tokens = np.array(_tokens(_chat(asked, tokenizer), tokenizer), np.int32)
+        return _prompt(example, tokens, layout)
     if layout is None:
         raise ValueError(
             f"record {example.id!r} asks about {example.video!r}, but the model takes text only"
         )
-    head, tail = _around_video(asked, layout.media_token, tokenizer)
+    head, tail = _around_video(asked, layout, tokenizer)
     medium = _video(
         root.absolute() / example.video,
         layout,
@@ -155,23 +157,27 @@ def encode_prompt(
     tokens = np.concatenate([head, frames, tail]).astype(np.int32)
     is_media = tokens == _one_token(layout.media_token, tokenizer)
     medium = dataclasses.replace(medium, offset=int(is_media.argmax()))
-    return _prompt(example, tokens, is_media=is_media, media=(medium,))
+    return _prompt(example, tokens, layout, is_media=is_media, media=(medium,))
 
 
 def _prompt(
     example: Example,
     tokens: np.ndarray,
+    layout: VideoLayout | None,
     *,
     is_media: np.ndarray | None = None,
     media: tuple[Media, ...] = (),
 ) -> Prompt:
     P = len(tokens)
+    rope_pos, next_rope_pos = np.arange(P, dtype=np.int32), P
+    if layout is not None and layout.positions is not None:
+        rope_pos, next_rope_pos = layout.positions(P, media)
     return Prompt(
         example=example,
         tokens=tokens,
         is_media=np.zeros(P, bool) if is_media is None else is_media,
-        rope_pos=np.arange(P, dtype=np.int32),
-        next_rope_pos=P,
+        rope_pos=rope_pos,
+        next_rope_pos=next_rope_pos,
         media=media,
     )
 
@@ -182,9 +188,10 @@ def _chat(asked: str, tokenizer: Any) -> str:
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
-def _around_video(asked: str, media_token: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+def _around_video(asked: str, layout: VideoLayout, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Returns the tokens before and after a video that stands before the words of the user."""
-    parts = _chat(media_token + asked, tokenizer).split(media_token)
+    media_token, (before, after) = layout.media_token, layout.around
+    parts = _chat(before + media_token + after + asked, tokenizer).split(media_token)
     if len(parts) != 2:
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path!r} says {media_token} "
@@ -196,36 +203,43 @@ def _around_video(asked: str, media_token: str, tokenizer: Any) -> tuple[list[in
 
 
 def _frame_tokens(medium: Media, layout: VideoLayout, tokenizer: Any, timestamp: str) -> np.ndarray:
-    """Returns for every frame: its time where timestamp is set, h * w media tokens, separator."""
-    _, height, width = medium.grid
-    frame = np.full(height * width + 1, _one_token(layout.media_token, tokenizer), np.int32)
-    frame[-1] = _one_token(layout.separator, tokenizer)
+    """Returns for every unit: its time where timestamp is set, h * w media tokens, separator."""
+    num_units, height, width = medium.grid
+    frame = np.full(height * width, _one_token(layout.media_token, tokenizer), np.int32)
+    if layout.separator:
+        frame = np.append(frame, np.int32(_one_token(layout.separator, tokenizer)))
     if not timestamp:
-        return np.tile(frame, len(medium.times_s))
+        return np.tile(frame, num_units)
     _refuse_special(timestamp, tokenizer, f"data.timestamp={timestamp!r}")
-    times = [_tokens(timestamp.format(t=t), tokenizer) for t in medium.times_s]
+    shown_s = medium.times_s[:: layout.unit_frames]
+    times = [_tokens(timestamp.format(t=t), tokenizer) for t in shown_s]
     return np.concatenate([np.concatenate([time, frame]) for time in times])
 
 
 def _video(path: Path, layout: VideoLayout, *, num_frames: int, fps: float, decoder: str) -> Media:
-    duration_s = video.probe(path, decoder=decoder).duration_s
-    times_s = video.frame_times(duration_s, num_frames=num_frames, fps=fps)
+    said = video.probe(path, decoder=decoder)
+    times_s = video.frame_times(said.duration_s, num_frames=num_frames, fps=fps)
+    unit_s = layout.unit_frames * times_s[1] if len(times_s) > 1 else 1.0
+    times_s += times_s[-1:] * (-len(times_s) % layout.unit_frames)
+    size, frame_grid = layout.frame(said.height, said.width)
     sampling = {
         "content": _content_digest(path),
         "times_s": times_s,
-        "size": layout.image_size,
+        "size": size,
         "decoder": video.decoder_version(decoder),
     }
-    grid = (len(times_s), *layout.grid)
+    grid = (len(times_s) // layout.unit_frames, *frame_grid)
     return Media(
         kind="video",
         path=str(path),
         key=hashlib.sha256(json.dumps(sampling).encode()).hexdigest(),
         grid=grid,
         times_s=times_s,
-        size=layout.image_size,
+        size=size,
         num_tokens=math.prod(grid),
         offset=0,  # until its frames are laid out
+        unit_s=unit_s,
+        stored=(said.height, said.width) if layout.pixels else None,
     )
 
 

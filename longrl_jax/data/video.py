@@ -50,6 +50,7 @@ KINDS: dict[str, str] = {
     "truncated": "fetch the file again; if it is whole, rewrite it: ffmpeg -i IN OUT.mp4",
     "corrupt": "fetch the file again, or transcode it",
     "wrong_time": "rewrite the time stamps: ffmpeg -i IN OUT.mp4",
+    "turned": "transcode the file, which turns its pictures: ffmpeg -i IN OUT.mp4",
     "timeout": "raise data.decode_timeout_s, or transcode the file",
     "crashed": "transcode the file; if others fail too, look at the memory of the machine",
 }
@@ -100,6 +101,8 @@ class Job:
     """Height and width, in pixels, of the frames handed out."""
     decoder: str
     """pyav or decord."""
+    stored: tuple[int, int] | None = None
+    """Height and width, in pixels, that pictures must have before they are resized; None: any."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,6 +187,9 @@ def read_frames(job: Job, *, chunk: int) -> Iterator[np.ndarray]:
     batch: list[np.ndarray] = []
     last: np.ndarray | None = None
     for picture in read(job.path, job.times_s):
+        if job.stored is not None and picture.shape[:2] != job.stored:
+            what = "shows pictures of {} x {}, not {} x {} px as stored"
+            raise _error("turned", job.path, what.format(*picture.shape[:2], *job.stored))
         if picture is not last:
             last, resized = picture, _resize(picture, job.size)
         batch.append(resized)
@@ -337,7 +343,9 @@ def _serve(connection: multiprocessing.connection.Connection) -> None:
         except EOFError:
             return
         fields = request["job"]
-        job = Job(**fields | {"times_s": tuple(fields["times_s"]), "size": tuple(fields["size"])})
+        stored = fields["stored"] and tuple(fields["stored"])
+        lists = {"times_s": tuple(fields["times_s"]), "size": tuple(fields["size"])}
+        job = Job(**fields | lists | {"stored": stored})
         first = 0
         try:
             for frames in _timed(read_frames(job, chunk=request["chunk"]), request["timeout_s"]):

@@ -119,7 +119,7 @@ class Tower(nnx.Module):
         """
         x_UyxC = _constrain(self.embed(pixels))
         graphdef, state = nnx.split(self.layers)
-        full_L = np.isin(np.arange(self.cfg.num_layers), self.cfg.full_layers)
+        full_L = jnp.asarray(np.isin(np.arange(self.cfg.num_layers), self.cfg.full_layers))
 
         def body(x: Array, layer: tuple[nnx.State, Array]) -> tuple[Array, None]:
             weights, full = layer
@@ -161,7 +161,7 @@ class Layer(nnx.Module):
         U, y, w, C = x.shape
         qkv = self.qkv(self.norm1(x)).reshape(U, y, w, 3, self.num_heads, -1)
         q, k, v = (qkv[:, :, :, i] for i in range(3))
-        angle = _angles(y, w, C // self.num_heads)
+        angle = jnp.asarray(_angles(y, w, C // self.num_heads))
         q, k = rotate_by(q, angle), rotate_by(k, angle)
         in_windows = functools.partial(_attend, window=(self.window, self.window))
         whole = functools.partial(_attend, window=(y, w))

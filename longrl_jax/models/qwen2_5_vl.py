@@ -104,8 +104,12 @@ def parse_config(tree: Mapping[str, Any], *, where: str) -> Config:
         hf_files.part(tree, "vision_config", where), where=f"{where}: vision_config"
     )
     sections = rope.get("mrope_section")
-    good = isinstance(sections, list | tuple) and all(isinstance(n, int) for n in sections)
-    if not good or len(sections) != 3 or sum(sections) != text.head_dim // 2:
+    if not (
+        isinstance(sections, list | tuple)
+        and len(sections) == 3
+        and all(isinstance(n, int) for n in sections)
+        and sum(sections) == text.head_dim // 2
+    ):
         raise ValueError(
             f"{where}: mrope_section={sections!r} must be three numbers that add up to half a "
             f"head, {text.head_dim // 2}"
@@ -143,7 +147,8 @@ class Model(nnx.Module):
         "projected": those through the merger.
         """
         _check_stage(stage)
-        pixels = (frames.astype(jnp.float32) / 255 - np.float32(IMAGE_MEAN)) / np.float32(IMAGE_STD)
+        mean, std = (np.array(x, np.float32) for x in (IMAGE_MEAN, IMAGE_STD))
+        pixels = (frames.astype(jnp.float32) / 255 - mean) / std
         x_UnC = vision.pack(self.vision(pixels.astype(compute_dtype)), merge=self.cfg.vision.merge)
         if stage == "projected":
             x_UnC = self.projector(x_UnC)
@@ -244,16 +249,16 @@ def smart_resize(
         raise ValueError(
             f"frames of {height} x {width} px are over {MAX_ASPECT} times as long as wide; cut them"
         )
-    sides = round(height / factor) * factor, round(width / factor) * factor
-    if sides[0] * sides[1] > max_pixels:
+    Y, X = round(height / factor) * factor, round(width / factor) * factor
+    if max_pixels < Y * X:
         shrink = math.sqrt(height * width / max_pixels)
-        sides = tuple(
-            max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width)
-        )
-    elif sides[0] * sides[1] < min_pixels:
+        Y = max(factor, math.floor(height / shrink / factor) * factor)
+        X = max(factor, math.floor(width / shrink / factor) * factor)
+    elif min_pixels > Y * X:
         grow = math.sqrt(min_pixels / (height * width))
-        sides = tuple(math.ceil(side * grow / factor) * factor for side in (height, width))
-    return sides[0], sides[1]
+        Y = math.ceil(height * grow / factor) * factor
+        X = math.ceil(width * grow / factor) * factor
+    return Y, X
 
 
 def rope_positions(

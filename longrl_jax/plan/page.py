@@ -44,11 +44,13 @@ def _head(plan: Plan, hardware: Hardware | None) -> list[str]:
     else:
         devices = f"{cfg.mesh.num_devices} x {hardware.device} of {_gib(hardware.memory_bytes)} GiB"
     tiles = plan.tiles
+    shared = "" if row.unit_frames == 1 else f" / {row.unit_frames}"
     return [
         f"model    {cfg.model.path}, {plan.language_parameters / 1e9:.2f} billion parameters of "
         "language model",
         f"devices  {devices}, mesh {mesh}",
-        f"row      {row.num_frames:,} frames x {row.frame_tokens} tokens + {row.question_tokens} = "
+        f"row      {row.num_frames:,} frames{shared} x {row.frame_tokens} tokens + "
+        f"{row.question_tokens} = "
         f"{row.prompt_tokens:,} tokens of prompt, {row.answers} answers x {row.answer_tokens:,}",
         f"         padded to {plan.row_tokens:,}; {plan.num_rows} rows a step in {plan.num_passes} "
         "passes",

@@ -93,7 +93,7 @@ def make(
         row_tokens=passes.tokens.shape[-1],
         num_rows=math.prod(passes.tokens.shape[:2]),
         num_passes=passes.tokens.shape[0],
-        chunk_frames=encode.chunk_sizes(mesh)[-1],
+        chunk_frames=encode.chunk_sizes(mesh, unit_frames=row.unit_frames)[-1],
         tiles=tiles,
         resident=bill.Resident(
             trained=trained,

@@ -25,6 +25,8 @@ from longrl_jax.types import Example, Prompt, Rollout, Sample
 
 QUESTION_TOKENS = 512
 """Tokens of a prompt beside the video's: chat template, instruction, question and options."""
+FILM = 1080, 1920
+"""Height and width of a film's frames, where their size in tokens follows it."""
 STAND_IN_TOKEN = 0
 """Plays the media placeholder: without a tokenizer its number is not known, and does not matter."""
 
@@ -35,16 +37,19 @@ class Row:
 
     num_frames: int
     frame_tokens: int
-    """Of one frame: media tokens, separator, and its time."""
+    """Of one frame (or of unit_frames, which share them): media tokens, separator, and its time."""
     question_tokens: int
     answers: int
     """R."""
     answer_tokens: int
     """Of one answer."""
+    unit_frames: int = 1
+    rope_axes: int = 1
+    """Numbers of one position."""
 
     @property
     def prompt_tokens(self) -> int:
-        return self.num_frames * self.frame_tokens + self.question_tokens
+        return -(-self.num_frames // self.unit_frames) * self.frame_tokens + self.question_tokens
 
     @property
     def tokens(self) -> int:
@@ -68,20 +73,26 @@ def row_of(cfg: Config, backbone: Any, model_cfg: Any) -> Row:
 
     A frame's time is counted as its UTF-8 bytes: a byte-level tokenizer makes no more tokens.
     """
-    layout = backbone.video_layout(model_cfg)
-    frame_tokens = 0
+    layout = opened.video_layout(backbone, model_cfg, cfg.data)
+    frame_tokens, unit_frames, rope_axes = 0, 1, 1
     if layout is not None:
         last_s = (cfg.data.num_frames - 1) / (cfg.data.fps or 1)
         stamp = cfg.data.timestamp.format(t=last_s) if cfg.data.timestamp else ""
-        frame_tokens = math.prod(layout.grid) + 1 + len(stamp.encode())
+        frame_tokens = math.prod(layout.frame(*FILM)[1]) + bool(layout.separator)
+        frame_tokens += len(stamp.encode())
+        unit_frames = layout.unit_frames
+        rope_axes = 1 if layout.positions is None else layout.positions(1, ())[0].shape[1]
     row = Row(
         num_frames=0 if layout is None else cfg.data.num_frames,
         frame_tokens=frame_tokens,
         question_tokens=QUESTION_TOKENS,
         answers=cfg.rollout.num_samples if cfg.stage == "grpo" else 1,
         answer_tokens=cfg.rollout.max_tokens,
+        unit_frames=unit_frames,
+        rope_axes=rope_axes,
     )
-    said = f"{row.num_frames} frames of {frame_tokens} tokens and {QUESTION_TOKENS} of question"
+    each = "of" if unit_frames == 1 else f", every {unit_frames} of"
+    said = f"{row.num_frames} frames {each} {frame_tokens} tokens and {QUESTION_TOKENS} of question"
     if row.tokens > cfg.batch.max_row_tokens:
         raise ValueError(
             f"{said}, with {row.answers} answers of {row.answer_tokens}, take {row.tokens} tokens "
@@ -111,7 +122,7 @@ def abstract_policy(cfg: Config, mesh: Mesh) -> tuple[Policy, step.TrainState]:
         graphdef=graphdef,
         mesh=mesh,
         tokenizer=None,
-        layout=backbone.video_layout(model_cfg),
+        layout=opened.video_layout(backbone, model_cfg, cfg.data),
         stage=models.feature_stage(cfg.model.frozen),
         banned_tokens=(STAND_IN_TOKEN,),
         stop_tokens=(),
@@ -127,11 +138,14 @@ def mesh_of(cfg: Config, devices: Sequence[Any]) -> Mesh:
 
 def host_passes(cfg: Config, row: Row) -> Any:
     """Returns a step's Batch of longest rows as numpy arrays, without features: batching's own."""
+    rope_pos = np.arange(row.prompt_tokens, dtype=np.int32)
+    if row.rope_axes > 1:
+        rope_pos = np.repeat(rope_pos[:, None], row.rope_axes, axis=1)
     prompt = Prompt(
         example=Example(id="longest", question="", answer=""),
         tokens=np.zeros(row.prompt_tokens, np.int32),
         is_media=np.zeros(row.prompt_tokens, bool),
-        rope_pos=np.arange(row.prompt_tokens, dtype=np.int32),
+        rope_pos=rope_pos,
         next_rope_pos=row.prompt_tokens,
     )
     answer = Sample(
@@ -206,7 +220,9 @@ def _encode(policy: Policy, state: step.TrainState) -> Phase:
     run = encode.make_program(
         policy.graphdef, state.params, stage=policy.stage, dtype=policy.compute_dtype
     )
-    shape = (encode.chunk_sizes(policy.mesh)[-1], *policy.layout.image_size, 3)
+    size, _ = policy.layout.frame(*FILM)
+    sizes = encode.chunk_sizes(policy.mesh, unit_frames=policy.layout.unit_frames)
+    shape = (sizes[-1], *size, 3)
     place = NamedSharding(policy.mesh, spec("frames", None, None, None))
     frames = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=place)
     with jax.set_mesh(policy.mesh):

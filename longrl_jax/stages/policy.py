@@ -17,7 +17,7 @@ from flax import nnx
 import rollout_bridge
 from longrl_jax import encode, models, processes, step
 from longrl_jax.batching import bucket
-from longrl_jax.config import Config
+from longrl_jax.config import Config, DataConfig
 from longrl_jax.data import prompts
 from longrl_jax.optimizer import make_optimizer
 from longrl_jax.sharding import AXES, make_mesh, to_local, ulysses_size
@@ -28,8 +28,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 Features = np.ndarray | None
 """Stored rows of a prompt's media tokens [M, C]; None: text only."""
-Inputs = Callable[[Sequence[Prompt], Sequence[Features]], list[np.ndarray]]
-"""Prompts and their features -> the engine's input, [P, D] each."""
+Inputs = Callable[[Sequence[Prompt], Sequence[Features]], list[Any]]
+"""Prompts and their features -> the engine's input of each (make_prompt_embedder)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,13 +73,38 @@ def open_policy(cfg: Config, *, trains: bool = True) -> tuple[Policy, step.Train
         graphdef=graphdef,
         mesh=mesh,
         tokenizer=tokenizer,
-        layout=backbone.video_layout(model_cfg),
+        layout=video_layout(backbone, model_cfg, cfg.data),
         stage=models.feature_stage(cfg.model.frozen),
         banned_tokens=prompts.media_token_ids(tokenizer),
         stop_tokens=stop_tokens,
         compute_dtype=DTYPES[cfg.model.compute_dtype],
     )
     return policy, state
+
+
+def video_layout(backbone: Any, model_cfg: Any, data: DataConfig) -> VideoLayout | None:
+    """Returns the backbone's layout with the config's bounds; refuses settings it cannot follow."""
+    layout = backbone.video_layout(model_cfg)
+    if data.min_pixels or data.max_pixels:
+        if layout is None or layout.pixels is None:
+            raise ValueError(
+                f"data.min_pixels={data.min_pixels} and data.max_pixels={data.max_pixels} are for "
+                "backbones whose frames have any size (Qwen2.5-VL); leave them 0"
+            )
+        fewest, most = layout.pixels
+        bounds = data.min_pixels or fewest, data.max_pixels or most
+        if bounds[0] > bounds[1] or bounds[1] < math.prod(layout.image_size):
+            raise ValueError(
+                f"frames of {bounds[0]} to {bounds[1]} pixels cannot be (one token has "
+                f"{math.prod(layout.image_size)}); set data.min_pixels and data.max_pixels"
+            )
+        layout = dataclasses.replace(layout, pixels=bounds)
+    if data.timestamp and layout is not None and layout.positions is not None:
+        raise ValueError(
+            f"data.timestamp={data.timestamp!r}: positions of this backbone hold frame times; "
+            "leave it empty"
+        )
+    return layout
 
 
 def check_heads(text: Any, cfg: Config) -> None:
@@ -182,27 +207,35 @@ def open_encoder(policy: Policy, state: step.TrainState) -> encode.Encoder | Non
             about=policy.backbone.stage_identity(policy.model_cfg, policy.stage),
             to_host=models.to_host,
         ),
+        unit_frames=policy.layout.unit_frames,
     )
 
 
 def make_prompt_embedder(
     policy: Policy, state: step.TrainState, *, smallest_bucket: int
 ) -> Callable[[step.TrainState], Inputs]:
-    """Returns a function that makes, from the weights of a state, one that embeds prompts.
+    """Returns a function that makes, from the weights of a state, one that makes engine's inputs.
 
-    Text rows come from the token table and, where the projector is trained, media rows from the
-    projector of that very state; only the stored features below them are reused. All processes
-    must call the function with a state; what it returns each one calls by itself.
+    An input is [P, D] embeddings; where the engine takes media apart (VideoLayout.media_apart),
+    tokens, with the media's embeddings beside them. Text rows come from the token table and, where
+    the projector is trained, media rows from the projector of that very state; only the stored
+    features below them are reused. All processes must call the function with a state; what it
+    returns each one calls by itself.
     """
     _, others = split_inputs(policy, state)
     program = make_embed_program(policy, others)
 
+    apart = policy.layout is not None and policy.layout.media_apart
+
     def inputs_of(state: step.TrainState) -> Inputs:
         mine = jax.tree.map(to_local, split_inputs(policy, state)[0])
 
-        def embed(asked: Sequence[Prompt], features: Sequence[Features]) -> list[np.ndarray]:
-            out = []
+        def embed(asked: Sequence[Prompt], features: Sequence[Features]) -> list[Any]:
+            out: list[Any] = []
             for prompt, stored_MC in zip(asked, features, strict=True):
+                if apart and stored_MC is None:
+                    out.append(prompt.tokens)
+                    continue
                 P = len(prompt.tokens)
                 size = embed_tokens(policy, P, smallest_bucket)
                 tokens_1P, is_media_1P = np.zeros((1, size), np.int32), np.zeros((1, size), bool)
@@ -211,8 +244,8 @@ def make_prompt_embedder(
                 if stored_MC is not None:
                     features_1PC = np.zeros((1, size, stored_MC.shape[-1]), stored_MC.dtype)
                     features_1PC[0, :P][prompt.is_media] = stored_MC
-                x_PD = program(mine, tokens_1P, is_media_1P, features_1PC)
-                out.append(np.asarray(x_PD)[:P])
+                x_PD = np.asarray(program(mine, tokens_1P, is_media_1P, features_1PC))[:P]
+                out.append(_with_media(prompt, x_PD) if apart else x_PD)
             return out
 
         return embed
@@ -230,6 +263,21 @@ def split_off(params: nnx.State, wanted: Collection[str]) -> tuple[nnx.State, nn
     """Returns (the parameters of these paths, all others)."""
     mine, others = nnx.split_state(params, lambda path, _: ".".join(map(str, path)) in wanted, ...)
     return mine, others
+
+
+def _with_media(prompt: Prompt, x_PD: np.ndarray) -> rollout_bridge.MediaPrompt:
+    """Cuts the rows of every medium out of an embedded prompt."""
+    media = [
+        rollout_bridge.EngineMedia(
+            kind=m.kind,
+            offset=m.offset,
+            grid=m.grid,
+            unit_s=m.unit_s,
+            features=np.ascontiguousarray(x_PD[m.offset : m.offset + m.num_tokens]),
+        )
+        for m in prompt.media
+    ]
+    return rollout_bridge.MediaPrompt(tokens=prompt.tokens, media=tuple(media))
 
 
 def embed_tokens(policy: Policy, num_tokens: int, smallest_bucket: int) -> int:

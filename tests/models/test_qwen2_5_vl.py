@@ -4,6 +4,7 @@ transformers 5.19 places text behind a film otherwise than vLLM and we do, so wi
 driven with our positions; with text and images it goes unaided.
 """
 
+import functools
 import json
 import math
 
@@ -17,13 +18,12 @@ from flax import nnx
 from test_weights import raw_tensors
 from tiny_qwen2_5_vl import (
     IDS,
-    PATCH,
     TEXT,
     TOKEN_PX,
     UNIT,
     VISION,
-    make_qwen2_5_vl,
     published_config,
+    published_name,
     their_patches,
     write_qwen2_5_vl,
 )
@@ -34,6 +34,7 @@ from longrl_jax.types import Media
 
 ATOL = 2e-5  # float32 sums of up to 192 products, in another order; features are of order 1
 LOGITS_ATOL = 1e-4  # through two more layers and the head; logits are of order 10
+GRAD_RTOL = 1e-5  # of the largest gradient: the same sums, in another order
 TPS = VISION["tokens_per_second"]
 IMAGE, VIDEO = IDS["image_token_id"], IDS["video_token_id"]
 START, END = IDS["vision_start_token_id"], IDS["vision_end_token_id"]
@@ -49,12 +50,12 @@ def medium(kind, grid, *, unit_s=1.0, offset=0) -> Media:
 WORLDS = {
     "text": [],
     "an image": [("image", (1, 3, 5), 1.0)],
-    "images": [("image", (1, 3, 5), 1.0), ("image", (1, 1, 1), 1.0), ("image", (1, 4, 2), 1.0)],
+    "images": [("image", (1, 3, 5), 1.0), ("image", (1, 2, 2), 1.0), ("image", (1, 3, 2), 1.0)],
     "a film": [("video", (6, 3, 2), 1.5)],
-    "a film of parts of a second": [("video", (9, 2, 3), 0.35)],
+    "a film of parts of a second": [("video", (9, 2, 2), 0.35)],
     "two films": [("video", (3, 3, 5), 4.0), ("video", (2, 2, 2), 1.0)],
-    "both": [("image", (1, 2, 2), 1.0), ("video", (4, 1, 2), 2.0), ("image", (1, 3, 1), 1.0)],
-}  # fmt: skip
+    "both": [("image", (1, 2, 2), 1.0), ("video", (4, 3, 2), 2.0), ("image", (1, 3, 5), 1.0)],
+}
 """kind, grid in tokens, seconds a unit."""
 
 
@@ -129,12 +130,12 @@ untied = pytest.mark.parametrize("pair", [False], indirect=True, scope="module",
 
 @pytest.fixture(scope="module")
 def run(pair):
-    """(frames, ...) -> features and (case rows) -> logits of our model, jitted."""
+    """(frames, stage) -> features and (case rows) -> logits of our model, jitted."""
     graphdef, state = nnx.split(pair[2])
 
-    @jax.jit
-    def encode(frames):
-        return nnx.merge(graphdef, state).encode(frames, stage="projected")
+    @functools.partial(jax.jit, static_argnames="stage")
+    def encode(frames, stage="projected"):
+        return nnx.merge(graphdef, state).encode(frames, stage=stage)
 
     @jax.jit
     def logits(tokens, is_media, features, rope_pos, segment):
@@ -148,19 +149,18 @@ def run(pair):
 
 
 def rows_of(cases, encode):
-    """Cases as one padded batch; what stands where no feature does is nan."""
-    T = max(len(case.tokens) for case in cases)
-    T = -(-T // 32) * 32
-    tokens, is_media = np.zeros((len(cases), T), np.int32), np.zeros((len(cases), T), bool)
-    rope_pos, segment = np.zeros((len(cases), T, 3), np.int32), np.zeros((len(cases), T), np.int32)
-    features = np.full((len(cases), T, TEXT["hidden_size"]), np.nan, np.float32)
+    """Cases in a batch of one size, the rest padding; where no feature stands is nan."""
+    B, T = len(WORLDS), 128
+    tokens, is_media = np.zeros((B, T), np.int32), np.zeros((B, T), bool)
+    rope_pos, segment = np.zeros((B, T, 3), np.int32), np.zeros((B, T), np.int32)
+    features = np.full((B, T, TEXT["hidden_size"]), np.nan, np.float32)
     for b, case in enumerate(cases):
         P = len(case.tokens)
         tokens[b, :P], is_media[b, :P] = case.tokens, case.is_media
         rope_pos[b, :P], segment[b, :P] = case.rope_pos, 1
         for m, frames in zip(case.media, case.frames, strict=True):
-            rows = np.asarray(encode(frames)).reshape(-1, TEXT["hidden_size"])
-            features[b, m.offset : m.offset + m.num_tokens] = rows
+            rows = [encode(frames[i : i + UNIT])[0] for i in range(0, len(frames), UNIT)]
+            features[b, m.offset : m.offset + m.num_tokens] = np.concatenate(rows)
     return tokens, is_media, features, rope_pos, segment
 
 
@@ -202,6 +202,7 @@ def test_transformers_places_text_behind_a_film_otherwise(pair, rng):
     assert case.rope_pos[after].tolist() == [film.offset + 15 + 1] * 3  # int(5 * 1.5 * 2) = 15
 
 
+@untied
 def test_logits_equal_transformers(pair, run, rng):
     theirs, _, _, _ = pair
     encode, logits = run
@@ -219,6 +220,44 @@ def test_logits_equal_transformers(pair, run, rng):
 
 
 @untied
+def test_gradients_equal_transformers(pair, run, rng):
+    """Of the language model and the merger, on a prompt with images and a film."""
+    theirs, cfg, model, _ = pair
+    case = Case(WORLDS["both"], rng)
+    T = len(case.tokens)
+    positions = torch.tensor(case.rope_pos.T[:, None], dtype=torch.long)
+    logits = theirs(**case.theirs(), position_ids=positions).logits[0, :-1]
+    targets = torch.tensor(case.tokens[1:], dtype=torch.long)
+    theirs.zero_grad()
+    torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+    want = {published_name(n): p.grad.numpy() for n, p in theirs.named_parameters()}
+
+    features = np.zeros((1, T, qwen2_5_vl.feature_width(cfg, "packed")), np.float32)
+    for m, frames in zip(case.media, case.frames, strict=True):
+        rows = [run[0](frames[i : i + UNIT], "packed")[0] for i in range(0, len(frames), UNIT)]
+        features[0, m.offset : m.offset + m.num_tokens] = np.concatenate(rows)
+    graphdef, params = nnx.split(model)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        ours = nnx.merge(graphdef, params)
+        tokens = jnp.asarray(case.tokens)[None]
+        x = ours.embed(tokens, jnp.asarray(case.is_media)[None], features, stage="packed")
+        order, one = jnp.arange(T)[None], jnp.ones((1, T), jnp.int32)
+        h = ours.hidden(x, jnp.asarray(case.rope_pos)[None], order, 0 * one, one)
+        logp = jax.nn.log_softmax(h[0, :-1] @ ours.head())
+        return -jnp.take_along_axis(logp, tokens[0, 1:, None], axis=1).sum()
+
+    largest = max(np.abs(x).max() for x in want.values())
+    for name, got in weights.to_hf(gradient(params), qwen2_5_vl.table(cfg)):
+        if not name.startswith(("visual.blocks", "visual.patch_embed")):  # frozen: no gradient
+            np.testing.assert_allclose(
+                got, want[name], rtol=0, atol=GRAD_RTOL * largest, err_msg=name
+            )
+
+
+@untied
 def test_every_row_of_a_mixed_batch_is_as_it_is_alone(run, rng):
     encode, logits = run
     cases = [Case(world, rng) for world in WORLDS.values()]
@@ -230,16 +269,15 @@ def test_every_row_of_a_mixed_batch_is_as_it_is_alone(run, rng):
 
 
 @untied
-def test_packed_states_through_the_merger_are_the_projected(pair, rng):
+def test_packed_states_through_the_merger_are_the_projected(pair, run, rng):
     _, cfg, model, _ = pair
-    frames = rng.integers(0, 256, (4, 2 * TOKEN_PX, 3 * TOKEN_PX, 3), dtype=np.uint8)
-    packed, projected = (model.encode(frames, stage=stage) for stage in qwen2_5_vl.STAGES)
+    frames = rng.integers(0, 256, (2, 3 * TOKEN_PX, 2 * TOKEN_PX, 3), dtype=np.uint8)
+    packed, projected = (run[0](frames, stage) for stage in qwen2_5_vl.STAGES)
     for x, stage in ((packed, "packed"), (projected, "projected")):
-        assert x.shape == (2, 6, qwen2_5_vl.feature_width(cfg, stage))
-    tokens = jnp.full((1, 6), VIDEO)
+        assert x.shape == (1, 6, qwen2_5_vl.feature_width(cfg, stage))
     is_media = jnp.ones((1, 6), bool)
-    got = model.embed(tokens, is_media, packed[:1], stage="packed")
-    np.testing.assert_allclose(got, projected[:1], atol=ATOL)
+    got = model.embed(jnp.full((1, 6), VIDEO), is_media, packed, stage="packed")
+    np.testing.assert_allclose(got, projected, atol=ATOL)
 
 
 def test_a_round_trip_changes_no_byte(pair, tmp_path):
@@ -349,8 +387,6 @@ def test_full_sizes_have_the_names_and_shapes_of_transformers(size):
         theirs = transformers.Qwen2_5_VLForConditionalGeneration(
             transformers.Qwen2_5_VLConfig(**{k: v for k, v in tree.items() if k != "model_type"})
         )
-    from tiny_qwen2_5_vl import published_name
-
     want = {published_name(name): tuple(x.shape) for name, x in theirs.state_dict().items()}
     if cfg.text.tied:
         del want["lm_head.weight"]
@@ -451,6 +487,3 @@ def _rows(pixels):
         for c in (left, left + 1)
     ]
     return np.stack(rows), [[F // 2, Y // 14, X // 14]]
-
-
-assert PATCH * 2 == TOKEN_PX and make_qwen2_5_vl

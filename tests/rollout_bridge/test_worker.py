@@ -260,7 +260,7 @@ def test_an_error_of_the_worker_brings_its_trace(make_engine, checkpoints):
     engine.sync(named_weights(checkpoints["tied", 0]), version=0)
     with pytest.raises(ValueError, match="in generate: 0 prompts but 1 seeds") as refused:
         settings = {"num_samples": 1, "temperature": 1.0, "max_tokens": 1, "seeds": [0]}
-        engine._call("generate", engine._shared.path, engine._shared.write([]), settings)
+        engine._call("generate", engine._shared.path, engine._shared.write([]), [], settings)
     assert "check_request(" in refused.value.__notes__[0]
     assert sample(engine, [fresh_prompt(3)])
 
