@@ -23,6 +23,8 @@ TOWER = ("visual.", "model.visual.")
 none, it takes features."""
 RENAMED = ("model.language_model.", "model.")
 """How transformers calls such a language model since 4.52, and as published; vLLM knows both."""
+BUFFERS = ".rotary_emb.inv_freq"
+"""End of names in older files (Llama-2) that no engine loads."""
 ALIGN_BYTES = 64
 """Start of every array in a shared file, for aligned loads."""
 DTYPES = ("float32", "bfloat16", "float16")
@@ -108,7 +110,8 @@ def expected_shapes(llm_dir: Path | str) -> dict[str, tuple[int, ...]]:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
         for name, entry in header.items():
-            if name != "__metadata__" and not name.startswith(TOWER):
+            known = name != "__metadata__" and not name.startswith(TOWER)
+            if known and not name.endswith(BUFFERS):
                 name = name.replace(*RENAMED) if name.startswith(RENAMED[0]) else name
                 shapes[name] = tuple(entry["shape"])
     if HEAD not in shapes and EMBEDDING in shapes:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.torch
 from tiny_qwen2 import (
     HIDDEN,
     LOGP_ATOL,
@@ -210,6 +211,15 @@ def test_expected_shapes_name_every_weight(checkpoints):
         want = {name: x.shape for name, x in named_weights(checkpoints[head, 0])}
         assert weight_sync.expected_shapes(checkpoints[head, 0]) == want
         assert want["lm_head.weight"] == (VOCAB, HIDDEN)
+
+
+def test_the_rates_that_older_files_hold_are_not_expected(checkpoints, tmp_path):
+    """Llama-2's; no engine loads them, and a push has none."""
+    state = safetensors.torch.load_file(checkpoints["untied", 0] / "model.safetensors")
+    rates = {"model.layers.0.self_attn.rotary_emb.inv_freq": state["model.norm.weight"].clone()}
+    safetensors.torch.save_file(state | rates, tmp_path / "model.safetensors")
+    want = weight_sync.expected_shapes(checkpoints["untied", 0])
+    assert weight_sync.expected_shapes(tmp_path) == want
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):

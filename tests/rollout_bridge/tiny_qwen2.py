@@ -1,4 +1,5 @@
-"""Tiny random Qwen2 checkpoints and what `transformers` says of them: the witness of the engine."""
+"""Tiny random checkpoints (Qwen2 where nothing else is said) and what `transformers` says of them:
+the witness of the engine."""
 
 import itertools
 import os
@@ -24,10 +25,10 @@ CFG = RolloutConfig(
 LOGP_ATOL = 1e-4  # float32 sums in another order; measured: 6e-6
 
 
-def save_checkpoint(folder: Path, *, tied: bool, seed: int, **sizes) -> Path:
-    """Writes a random Qwen2 whose logits are far enough apart for greedy decoding to be stable."""
+def save_checkpoint(folder: Path, *, tied: bool, seed: int, family: str = "Qwen2", **sizes) -> Path:
+    """Writes a random model whose logits are far enough apart for greedy decoding to be stable."""
     torch.manual_seed(seed)
-    config = transformers.Qwen2Config(
+    config = getattr(transformers, f"{family}Config")(
         **{
             "vocab_size": VOCAB,
             "hidden_size": HIDDEN,
@@ -42,7 +43,7 @@ def save_checkpoint(folder: Path, *, tied: bool, seed: int, **sizes) -> Path:
         }
         | sizes
     )
-    model = transformers.Qwen2ForCausalLM(config).float().eval()
+    model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.12).add_(1.0 if parameter.ndim == 1 else 0.0)
@@ -50,8 +51,8 @@ def save_checkpoint(folder: Path, *, tied: bool, seed: int, **sizes) -> Path:
     return folder
 
 
-def hf_model(folder: Path) -> transformers.Qwen2ForCausalLM:
-    return transformers.Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def hf_model(folder: Path) -> transformers.PreTrainedModel:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def named_weights(folder: Path) -> list[tuple[str, np.ndarray]]:
@@ -63,7 +64,7 @@ def named_weights(folder: Path) -> list[tuple[str, np.ndarray]]:
 
 @torch.no_grad()
 def hf_logps(
-    model: transformers.Qwen2ForCausalLM, prompt: np.ndarray, tokens: np.ndarray, temperature: float
+    model: transformers.PreTrainedModel, prompt: np.ndarray, tokens: np.ndarray, temperature: float
 ) -> np.ndarray:
     """log p of each token after the prompt ([P] tokens or [P, D] embeddings): banned tokens have
     logit -inf, then comes the temperature (0: greedy, which the engine scores at 1)."""
@@ -77,7 +78,7 @@ def hf_logps(
 
 
 @torch.no_grad()
-def hf_greedy(model: transformers.Qwen2ForCausalLM, prompt: np.ndarray, num: int) -> list[int]:
+def hf_greedy(model: transformers.PreTrainedModel, prompt: np.ndarray, num: int) -> list[int]:
     """The most likely tokens, one after another, until a stop token."""
     tokens = torch.tensor(prompt)[None]
     for _ in range(num):
