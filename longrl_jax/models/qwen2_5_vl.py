@@ -29,7 +29,7 @@ FOLDERS = ("",)
 LLM_FOLDER = ""
 """Sub-folder that the engine opens: the whole checkpoint, whose tower it leaves out."""
 IGNORED: tuple[str, ...] = ()
-"""Starts of tensor names that we neither use nor change."""
+"""Patterns of tensor names that we neither use nor change."""
 PUBLISHED, RENAMED = ("model.", "visual."), ("model.language_model.", "model.visual.")
 """How names of text and vision begin: in published folders; in transformers' memory since 4.52."""
 TOKEN_IDS = {

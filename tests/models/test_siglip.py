@@ -23,7 +23,7 @@ def ours_of(torch_model, *, names: str = "") -> tuple[siglip.Config, siglip.Towe
         nnx.eval_shape(lambda: nnx.Dict(vision=siglip.Tower(cfg, rngs=nnx.Rngs(0))))
     )
     state = {names + name: x.detach().numpy() for name, x in torch_model.state_dict().items()}
-    unused = tuple(names + name for name in siglip.UNUSED)
+    unused = tuple(f"{names}{name}*" for name in siglip.UNUSED)
     rows = siglip.table(cfg, hf=names)
     arrays = dict(weights.from_hf(abstract, rows, state, ignored=unused))
     arrays = {path: jnp.asarray(x) for path, x in arrays.items()}
