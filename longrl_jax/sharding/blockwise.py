@@ -5,9 +5,13 @@ the log-sum-exp as in FlashAttention-2, arXiv:2307.08691.
 
 Letters are those of longrl_jax/types.py: B rows, T tokens, S keys, N query heads, K key/value
 heads, G = N / K, H head dim. A tile is one block of queries against one block of keys; q and k are
-their block sizes, n the number of blocks.
+their block sizes, n the number of blocks. Keys and values are turned ([..., H, k]) where a product
+sums over H, dk and dv while they are summed: no array of a tile's size is transposed, which is
+slow on CPUs (benchmarks/results/ring_attention_cpu2_202611.md).
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +19,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from longrl_jax.sharding.visibility import NEG_INF, Ids, block_ranges, may_see, visible
+from longrl_jax.sharding.visibility import (
+    NEG_INF,
+    Ids,
+    Ranges,
+    all_see,
+    block_ranges,
+    may_see,
+    visible,
+)
 
 
 def dense_attention(
@@ -47,11 +59,12 @@ def blockwise_forward(
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Attention in tiles: the output and the log-sum-exp of the scores, both at least float32.
 
-    A query that sees nothing gets 0 and NEG_INF. Tiles without a visible pair are skipped.
+    A query that sees nothing gets 0 and NEG_INF. Tiles without a visible pair are skipped,
+    tiles with visible pairs only are not masked.
     """
     wide, scale = wide_type(q), q.shape[-1] ** -0.5
     q_blocks = _query_blocks(q, k.shape[2], block_size)
-    k_blocks = _blocks(k, block_size), _blocks(v, block_size)
+    k_blocks = jnp.swapaxes(_blocks(k, block_size), -1, -2), _blocks(v, block_size)
     q_ids_n, k_ids_n = _id_blocks(q_ids, block_size), _id_blocks(k_ids, block_size)
     q_blocks, q_ids_n, k_blocks, k_ids_n = _tie((q_blocks, q_ids_n, k_blocks, k_ids_n))
 
@@ -59,12 +72,12 @@ def blockwise_forward(
         q_BKGqH, q_ids_Bq, q_ranges_B = xs
 
         def fold(carry, ys):
-            (k_BKkH, v_BKkH), k_ids_Bk, k_ranges_B = ys
+            (k_BKHk, v_BKkH), k_ids_Bk, k_ranges_B = ys
 
-            def tile(carry):
+            def tile(masked, carry):
                 num, den, top = carry
-                see = visible(q_ids_Bq, k_ids_Bk)[:, None, None]
-                score = _einsum("BKGqH,BKkH->BKGqk", q_BKGqH, k_BKkH, wide) * scale
+                score = _einsum("BKGqH,BKHk->BKGqk", q_BKGqH, k_BKHk, wide) * scale
+                see = visible(q_ids_Bq, k_ids_Bk)[:, None, None] if masked else True
                 score = jnp.where(see, score, NEG_INF)
                 new_top = jnp.maximum(top, score.max(-1))
                 weight = jnp.where(see, jnp.exp(score - new_top[..., None]), 0)
@@ -72,8 +85,7 @@ def blockwise_forward(
                 part = _einsum("BKGqk,BKkH->BKGqH", weight.astype(v.dtype), v_BKkH, wide)
                 return num * shrink[..., None] + part, den * shrink + weight.sum(-1), new_top
 
-            seen = may_see(q_ranges_B, k_ranges_B).any()
-            return lax.cond(seen, tile, lambda same: same, carry), None
+            return _fold(tile, q_ranges_B, k_ranges_B, carry), None
 
         empty = jnp.zeros(q_BKGqH.shape, wide), jnp.zeros(q_BKGqH.shape[:-1], wide)
         start = vary_like((*empty, jnp.full_like(empty[1], NEG_INF)), q, k)
@@ -101,40 +113,51 @@ def blockwise_backward(
     wide, scale, K = wide_type(q), q.shape[-1] ** -0.5, k.shape[2]
     q_side = tuple(_query_blocks(x, K, block_size) for x in (q, do, lse, delta))
     q_ids_n, k_ids_n = _id_blocks(q_ids, block_size), _id_blocks(k_ids, block_size)
-    k_side = _blocks(k, block_size), _blocks(v, block_size)
+    k_side = _blocks(k, block_size), jnp.swapaxes(_blocks(v, block_size), -1, -2)
     q_side, q_ids_n, k_side, k_ids_n = _tie((q_side, q_ids_n, k_side, k_ids_n))
     q_ranges_n = block_ranges(q_ids_n)
 
     def key_block(dq_nBKGqH, xs):
-        (k_BKkH, v_BKkH), k_ids_Bk, k_ranges_B = xs
+        (k_BKkH, v_BKHk), k_ids_Bk, k_ranges_B = xs
+        k_BKHk = jnp.swapaxes(k_BKkH, -1, -2)
 
         def fold(carry, ys):
             (q_BKGqH, do_BKGqH, lse_BKGq, delta_BKGq), q_ids_Bq, q_ranges_B, dq_BKGqH = ys
 
-            def tile(carry, dq_BKGqH):
-                dk, dv = carry
-                see = visible(q_ids_Bq, k_ids_Bk)[:, None, None]
-                score = _einsum("BKGqH,BKkH->BKGqk", q_BKGqH, k_BKkH, wide) * scale
+            def tile(masked, carry):
+                (dk, dv), dq_BKGqH = carry
+                score = _einsum("BKGqH,BKHk->BKGqk", q_BKGqH, k_BKHk, wide) * scale
+                see = visible(q_ids_Bq, k_ids_Bk)[:, None, None] if masked else True
                 weight = jnp.exp(jnp.where(see, score - lse_BKGq[..., None], NEG_INF))
-                dv += _einsum("BKGqk,BKGqH->BKkH", weight.astype(do.dtype), do_BKGqH, wide)
-                dweight = _einsum("BKGqH,BKkH->BKGqk", do_BKGqH, v_BKkH, wide)
+                do_BKHGq, q_BKHGq = jnp.moveaxis(do_BKGqH, -1, 2), jnp.moveaxis(q_BKGqH, -1, 2)
+                dv += _einsum("BKHGq,BKGqk->BKHk", do_BKHGq, weight.astype(do.dtype), wide)
+                dweight = _einsum("BKGqH,BKHk->BKGqk", do_BKGqH, v_BKHk, wide)
                 dscore = (weight * (dweight - delta_BKGq[..., None]) * scale).astype(q.dtype)
-                dk += _einsum("BKGqk,BKGqH->BKkH", dscore, q_BKGqH, wide)
+                dk += _einsum("BKHGq,BKGqk->BKHk", q_BKHGq, dscore, wide)
                 dq_BKGqH += _einsum("BKGqk,BKkH->BKGqH", dscore, k_BKkH, wide)
                 return (dk, dv), dq_BKGqH
 
-            seen = may_see(q_ranges_B, k_ranges_B).any()
-            return lax.cond(seen, tile, lambda *same: same, carry, dq_BKGqH)
+            return _fold(tile, q_ranges_B, k_ranges_B, (carry, dq_BKGqH))
 
-        zeros = vary_like((jnp.zeros(k_BKkH.shape, wide), jnp.zeros(v_BKkH.shape, wide)), q, k)
+        zeros = vary_like((jnp.zeros(k_BKHk.shape, wide), jnp.zeros(v_BKHk.shape, wide)), q, k)
         queries = (q_side, q_ids_n, q_ranges_n, dq_nBKGqH)
         (dk, dv), dq_nBKGqH = lax.scan(fold, zeros, queries)
-        return dq_nBKGqH, (dk, dv)
+        return dq_nBKGqH, (jnp.swapaxes(dk, -1, -2), jnp.swapaxes(dv, -1, -2))
 
     start = vary_like(jnp.zeros(q_side[0].shape, wide), q, k)
     keys = (k_side, k_ids_n, block_ranges(k_ids_n))
     dq_nBKGqH, (dk, dv) = lax.scan(key_block, start, keys)
     return _unblock_queries(dq_nBKGqH, q), _unblock(dk, k), _unblock(dv, v)
+
+
+def _fold(tile: Callable[[bool, Any], Any], q: Ranges, k: Ranges, carry: Any) -> Any:
+    """Skips a tile that no row needs, and masks one that not all rows see wholly.
+
+    tile(masked, carry) -> carry.
+    """
+    case = may_see(q, k).any().astype(jnp.int32) + all_see(q, k).all()
+    cases = (lambda same: same, functools.partial(tile, True), functools.partial(tile, False))
+    return lax.switch(case, cases, carry)
 
 
 def _tie(arrays: Any) -> Any:

@@ -252,7 +252,7 @@ def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 def _id_rows(ids: Ids, block: int) -> tuple[jax.Array, jax.Array]:
-    """Returns ids [B, 3, T] and their ranges [B, 6, n]; what fills the last block is padding."""
+    """Returns ids [B, 3, T] and their ranges [B, 7, n]; what fills the last block is padding."""
     ids_B3T = jnp.stack(ids, axis=1)
     ids_B3T = jnp.pad(ids_B3T, ((0, 0), (0, 0), (0, -ids_B3T.shape[2] % block)))
     ids_3Bnq = jnp.moveaxis(ids_B3T.reshape(len(ids_B3T), 3, -1, block), 1, 0)

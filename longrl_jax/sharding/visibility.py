@@ -1,4 +1,4 @@
-"""Who sees whom: the rule for a pair of tokens, and the bound for a tile of them.
+"""Who sees whom: the rule for a pair of tokens, and the bounds for a tile of them.
 
 `ids` are the three numbers of a token that decide it: order, branch, segment (0: padding, which
 neither sees nor is seen). They work on arrays of any leading dims, inside kernels too.
@@ -14,7 +14,7 @@ Ids = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class Ranges(NamedTuple):
-    """Lowest and highest ids of the tokens of a block, without its padding."""
+    """Lowest and highest ids of the tokens of a block, without its padding; has it none?"""
 
     order_low: jax.Array
     order_high: jax.Array
@@ -22,6 +22,7 @@ class Ranges(NamedTuple):
     branch_high: jax.Array
     segment_low: jax.Array
     segment_high: jax.Array
+    full: jax.Array
 
 
 def visible(q_ids: Ids, k_ids: Ids) -> jax.Array:
@@ -39,6 +40,7 @@ def block_ranges(ids: Ids) -> Ranges:
     bounds = []
     for x in ids:  # by methods, so that numpy arrays stay numpy arrays
         bounds += [x.min(-1, where=is_token, initial=BEYOND), x.max(-1, where=is_token, initial=-1)]
+    bounds.append(is_token.all(-1))
     return Ranges(*bounds)
 
 
@@ -47,3 +49,11 @@ def may_see(q: Ranges, k: Ranges) -> jax.Array:
     branches = (k.branch_low <= q.branch_high) & (q.branch_low <= k.branch_high)
     segments = (k.segment_low <= q.segment_high) & (q.segment_low <= k.segment_high)
     return (k.order_low <= q.order_high) & segments & (branches | (k.branch_low == 0))
+
+
+def all_see(q: Ranges, k: Ranges) -> jax.Array:
+    """True only if every query of the one block sees every key of the other: no mask is needed."""
+    one_segment = (k.segment_low == q.segment_high) & (q.segment_low == k.segment_high)
+    one_branch = (k.branch_low == q.branch_high) & (q.branch_low == k.branch_high)
+    branches = one_branch | (k.branch_high == 0)
+    return q.full & k.full & one_segment & branches & (k.order_high <= q.order_low)

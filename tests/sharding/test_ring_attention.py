@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import compare, make_case, value_and_gradients
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from longrl_jax.sharding import attend, dense_attention, make_mesh
+from longrl_jax.sharding import attend, blockwise, dense_attention, make_mesh
+from longrl_jax.sharding.visibility import all_see, block_ranges, may_see, visible
 
 LOOP_ATOL = 1e-5  # float32 against a float64 loop
 NUM_DEVICES = 8
@@ -65,6 +68,58 @@ def test_tiles_without_a_visible_pair_change_nothing():
     ids[2] = np.repeat([1, 2], 32)  # and tiles across segments
     got = value_and_gradients(lambda *a: attend(*a, block_size=8), arrays, ids)
     compare(got, value_and_gradients(dense_attention, arrays, ids))
+
+
+BLOCK_IDS = st.lists(st.tuples(*[st.integers(0, 2)] * 3), min_size=3, max_size=3)
+"""(order, branch, segment) of three tokens, padding among them."""
+
+
+@settings(max_examples=500, deadline=None)
+@given(BLOCK_IDS, BLOCK_IDS)
+def test_a_tile_is_skipped_or_unmasked_only_if_its_mask_says_so(queries, keys):
+    q_ids, k_ids = (tuple(np.array(x, np.int32).T) for x in (queries, keys))
+    see = visible(q_ids, k_ids)
+    q, k = block_ranges(q_ids), block_ranges(k_ids)
+    assert not all_see(q, k) or see.all()
+    assert may_see(q, k) or not see.any()
+    plain = all(len({*x}) == 1 for x in (*q_ids[1:], *k_ids[1:]))
+    if plain:  # one branch and segment on each side: the test misses nothing
+        assert all_see(q, k) == see.all()
+
+
+def test_tiles_that_see_all_are_not_masked(monkeypatch):
+    """With a mask that hides everything, what values and cotangents still reach is unmasked."""
+    monkeypatch.setattr(blockwise, "visible", lambda q, k: visible(q, k) & False)
+    num_blocks, size = 7, 4
+    order = [*range(16), *range(8, 16), *range(20, 24)]
+    branch = np.repeat([0, 0, 1, 1, 2, 2, 0], size)
+    segment = np.repeat([1, 1, 1, 1, 1, 1, 2], size)
+    segment[23] = 0  # one token of padding in block 5
+    ids = np.array([[order, order], [branch, branch], [segment, segment]], np.int32)
+    ids[2, 1, 0] = 0  # the other row has padding in block 0
+    (q, k, _, _), _ = make_case(11, B=2, T=num_blocks * size, N=2, K=1)
+
+    @jax.jit
+    def run(q, k, v, cotangent, ids):
+        out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, *ids, block_size=size), q, k, v)
+        return out, *pull(cotangent)
+
+    def unmasked(rows):
+        forward, backward = (np.zeros((num_blocks, num_blocks), bool) for _ in "ab")
+        for block in range(num_blocks):
+            one = np.repeat(np.arange(num_blocks) == block, size).astype(np.float32)
+            v, cotangent = (np.broadcast_to(one[:, None, None], x[:rows].shape) for x in (k, q))
+            out, _, _, dv = run(q[:rows], k[:rows], v, cotangent, ids[:, :rows])
+            forward[:, block] = np.asarray(out)[0].reshape(num_blocks, -1).any(-1)
+            backward[block] = np.asarray(dv)[0].reshape(num_blocks, -1).any(-1)
+        np.testing.assert_array_equal(forward, backward)
+        return forward
+
+    want = np.zeros((num_blocks, num_blocks), bool)
+    want[[1, 2, 2, 3, 3, 3, 4, 4], [0, 0, 1, 0, 1, 2, 0, 1]] = True
+    np.testing.assert_array_equal(unmasked(rows=1), want)
+    want[:, 0] = False
+    np.testing.assert_array_equal(unmasked(rows=2), want)
 
 
 def test_ring_equals_dense_in_float64():
