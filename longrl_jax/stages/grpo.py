@@ -180,7 +180,7 @@ def totals(
 ) -> tuple[Float[np.ndarray, "G R"], Bool[np.ndarray, "G R"]]:
     """Returns the total reward of every sample (0 where it is invalid), and whether it is valid."""
     shape = len(entry.groups), cfg.rollout.num_samples
-    valid_GR = np.array([p is not None for p in entry.parts]).reshape(shape)
+    valid_GR = np.array([p is not None for p in entry.parts], bool).reshape(shape)
     reward_GR = np.array([0.0 if p is None else p["total"] for p in entry.parts]).reshape(shape)
     return reward_GR, valid_GR
 

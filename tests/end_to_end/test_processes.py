@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from longrl_jax import checkpoint, config, rewards, run_folder, step
+from longrl_jax import checkpoint, config, journal, rewards, run_folder, step
+from longrl_jax.advantages import ADVANTAGES
 from longrl_jax.optimizer import make_optimizer
 from longrl_jax.sharding import make_mesh
 from longrl_jax.stages import grpo, sft
@@ -156,6 +157,15 @@ def trained(state: step.TrainState) -> list[jax.Array]:
 def assert_equal(state: step.TrainState, want: list[np.ndarray]) -> None:
     for got, x in zip(trained(state), want, strict=True):
         np.testing.assert_array_equal(got, x)
+
+
+def test_a_process_without_a_group_has_its_part_of_rewards_and_sums(configured):
+    entry = journal.Entry(groups=[], parts=[], sums={})
+    reward_GR, valid_GR = grpo.totals(configured("tiny_cpu_grpo.yaml"), entry)
+    assert set(grpo.reward_sums(reward_GR, valid_GR, entry).values()) == {(0, 0)}
+    others = np.array([[True, True, False, True]]).astype(valid_GR.dtype)  # as of_all_groups does
+    advantage_GR = ADVANTAGES["grpo"](np.array([[1.0, 0, 9, 0]]), others)
+    assert advantage_GR[0, 0] > 0 and advantage_GR[0, 2] == 0
 
 
 @pytest.mark.slow
