@@ -55,6 +55,13 @@ def run(cfg: Config) -> None:
             "stage=perception trains the projector: take projector out of model.frozen, and name a "
             "checkpoint with a vision tower in model.path"
         )
+    assert policy.layout is not None  # there is an encoder
+    if policy.layout.unit_frames > 1 or policy.layout.pixels:
+        raise ValueError(
+            f"stage=perception reads words off single frames of one size; in model.path="
+            f"{cfg.model.path} {policy.layout.unit_frames} frames share their tokens, and their "
+            "size follows the film's; name a VILA checkpoint"
+        )
     frame_words, film_words = vocabulary(cfg)
     optimizer = make_optimizer(cfg.optimizer, cfg.run.num_steps)
     projector, others = nnx.split_state(state.params, lambda path, _: path[0] == "projector", ...)

@@ -2,11 +2,12 @@
 
 import collections
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from longrl_jax import models
+from longrl_jax import convert, models
 from longrl_jax.data import synthetic
 from longrl_jax.data.stories import COLORS
 from longrl_jax.stages import perception
@@ -105,3 +106,18 @@ def test_a_record_with_another_number_of_lines_is_named(configured, films, tmp_p
         perception.run(cfg)
     row = json.loads((tmp_path / "run" / "refused.jsonl").read_text().splitlines()[0])
     assert "names 32 frames, 16 of its video are read, and data.num_frames=16" in row["message"]
+
+
+def test_frames_that_share_tokens_are_refused(configured, films, tmp_path):
+    shape = Path(__file__).parents[2] / "configs/models/tiny_qwen2_5_vl.json"
+    convert.init(shape, tmp_path / "init")
+    cfg = configured(
+        "tiny_cpu_sft.yaml",
+        "stage=perception",
+        f"model.path={tmp_path / 'init'}",
+        f"data.root={films}",
+        "data.train=naming.jsonl",
+        "data.timestamp=",
+    )
+    with pytest.raises(ValueError, match="2 frames share their tokens, .* name a VILA checkpoint"):
+        perception.run(cfg)
