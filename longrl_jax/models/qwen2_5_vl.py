@@ -59,7 +59,7 @@ class Config:
 
     text: decoder.Config
     vision: vision.Config
-    prefixes: tuple[str, str]
+    prefixes: tuple[str, str] = dataclasses.field(compare=False)  # names make no other model
     """PUBLISHED or RENAMED."""
 
 

@@ -53,7 +53,7 @@ class Config:
     projector: projector.Config
     num_vision_layers: int
     """Layers of the tower that are run (mm_vision_select_layer -2: all but the last)."""
-    vision_prefix: str
+    vision_prefix: str = dataclasses.field(compare=False)  # names make no other model
     """What the tower's tensor names start with: "vision_model." or nothing."""
 
     @property
