@@ -113,7 +113,8 @@ class DataConfig:
     source: str = "longvideo_reason"
     """Format of the records: a name in longrl_jax.data.SOURCES."""
     template: str = "think"
-    """How a question is put to the model: think (reasoning, then an answer in tags) or direct."""
+    """How a question is put to the model: think (reasoning, then an answer in tags), direct (the
+    answer alone) or boxed (reasoning, then an answer in \\boxed{}, for the reward math_answer)."""
     num_frames: int = 16
     """Frames of a video when fps is 0; the most frames of a video when fps is set."""
     fps: float = 0.0
@@ -140,7 +141,7 @@ class DataConfig:
         _filled("data.root", self.root)
         _filled("data.train", self.train)
         _one_of("data.decoder", self.decoder, ("pyav", "decord"))
-        _one_of("data.template", self.template, ("think", "direct"))
+        _one_of("data.template", self.template, ("think", "direct", "boxed"))
         _positive("data.num_frames", self.num_frames)
         if self.num_frames > 8192:
             raise ValueError(f"data.num_frames={self.num_frames} is over 8192, the most we decode")

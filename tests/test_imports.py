@@ -52,6 +52,8 @@ DOORS = {  # a heavy package -> the only files that may import it
     "orbax": ("longrl_jax/checkpoint.py",),
     "tensorboardX": ("longrl_jax/metrics.py",),
     "wandb": ("longrl_jax/metrics.py",),
+    "math_verify": ("longrl_jax/rewards/math_verdicts.py",),
+    "sympy": ("longrl_jax/rewards/math_verdicts.py",),
 }
 FILES = sorted([*ROOT.glob("longrl_jax/**/*.py"), *ROOT.glob("rollout_bridge/**/*.py")])
 

@@ -25,6 +25,10 @@ INSTRUCTIONS = {
         "answer alone, inside <answer></answer>."
     ),
     "direct": "Give the answer alone, inside <answer></answer>.",
+    "boxed": (
+        "First say step by step how you find the answer, inside <think></think>. Then give the "
+        r"answer alone, inside \boxed{}."
+    ),
 }
 """Template -> what is asked for after the question."""
 WATCH = "Watch the video to its end."
@@ -64,6 +68,8 @@ def target_text(example: Example, template: str) -> str:
     """Returns the reference answer of SFT in the form that the instruction asks for."""
     pick(INSTRUCTIONS, template, "data.template")
     answer = f"<answer>{example.answer}</answer>"
+    if template == "boxed":
+        answer = rf"\boxed{{{example.answer}}}"
     if template == "direct":
         return answer
     if not example.reasoning:

@@ -277,7 +277,7 @@ def write_video(path: Path, frames: Iterable[np.ndarray]) -> None:
 def corpus(examples: Sequence[Example]) -> Iterator[str]:
     """Yields the conversations of SFT as plain text, for a tokenizer to learn from."""
     for example in examples:
-        for template in prompts.INSTRUCTIONS:
+        for template in ("think", "direct"):
             yield f"user\n{prompts.user_text(example, template)}\n"
             yield f"assistant\n{prompts.target_text(example, template)}\n"
 

@@ -6,6 +6,7 @@ Source: arXiv:2507.07966 section 3 (format and accuracy); Long-RL examples/rewar
 import re
 from collections.abc import Sequence
 
+from longrl_jax.config import pick
 from longrl_jax.types import Scored
 
 FORMAT_WEIGHT = 0.5
@@ -38,7 +39,8 @@ def has_form(text: str, template: str = "think") -> bool:
     With template="direct": one <answer> part alone.
     """
     num_tags = 4 if template == "think" else 2
-    return FORMS[template].fullmatch(text) is not None and len(TAGS.findall(text)) == num_tags
+    form = pick(FORMS, template, "data.template")
+    return form.fullmatch(text) is not None and len(TAGS.findall(text)) == num_tags
 
 
 def is_right(text: str, answer: str) -> bool:

@@ -12,7 +12,7 @@ from tiny_tokenizer import make_tokenizer
 
 from longrl_jax.data import prompts, synthetic
 from longrl_jax.data.video import VideoError
-from longrl_jax.rewards import video_qa
+from longrl_jax.rewards import math_answer, video_qa
 from longrl_jax.types import Example, VideoLayout
 
 LAYOUT = VideoLayout(image_size=(32, 32), grid=(2, 3), media_token="<vila/video>", separator="\n")
@@ -73,7 +73,7 @@ def spelled_out(example, tokenizer, num_frames, *, template="think"):
     return tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
-@pytest.mark.parametrize("template", ["think", "direct"])
+@pytest.mark.parametrize("template", ["think", "direct", "boxed"])
 @pytest.mark.parametrize("layout", [LAYOUT, None])
 def test_a_text_question_is_the_chat_as_transformers_tokenizes_it(
     encode, tokenizer, layout, template
@@ -236,7 +236,7 @@ def test_an_encoder_travels_to_another_process(encode):
     np.testing.assert_array_equal(copy.tokens, prompt.tokens)
 
 
-@pytest.mark.parametrize("template", ["think", "direct"])
+@pytest.mark.parametrize("template", ["think", "direct", "boxed"])
 def test_prompt_and_answer_are_the_whole_chat(encode, tokenizer, template):
     answer = prompts.target_text(TEXT, template)
     turns = [
@@ -259,6 +259,9 @@ def test_the_target_is_what_the_reward_asks_for():
     assert target == "<think>t0 red circle .</think><answer>A</answer>"
     assert video_qa.has_form(target) and video_qa.is_right(target, "A")
     assert prompts.target_text(TEXT, "direct") == "<answer>A</answer>"
+    boxed = prompts.target_text(TEXT, "boxed")
+    assert boxed == r"<think>t0 red circle .</think>\boxed{A}"
+    assert math_answer.has_form(boxed) and math_answer.boxed(boxed) == "A"
 
 
 def test_a_target_without_reasoning_is_refused_by_name():
