@@ -247,6 +247,9 @@ def _media_options(vision: dict[str, Any], max_model_len: int) -> dict[str, Any]
         # No pixel is processed. vLLM refuses media of more tokens than the largest image has (or
         # than it computes in a step), and by the published bounds an hour of film has more.
         "mm_processor_kwargs": {"max_pixels": max_model_len * token_px**2},
+        # An hour of film has more tokens than max_position_embeddings, but not more positions, as
+        # M-RoPE counts time (vLLM's table is 4 times that long). vLLM must not compare the two.
+        "hf_overrides": {"text_config": {"model_max_length": max_model_len}},
     }
 
 
