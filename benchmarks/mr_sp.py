@@ -297,20 +297,26 @@ class Bench:
                 writer.write(features)
         return features
 
+    def view(self, learner: Learner) -> Any:
+        num_frames, height, width, _ = self.frames.shape
+        return learner.policy.layout.video(height, width, num_frames)
+
     def encode_once(self, learner: Learner) -> np.ndarray:
         """Splits the video's frames over the devices."""
         from longrl_jax import encode
 
-        size = learner.encoder.chunk_sizes[-1]
+        view = self.view(learner)
+        size = learner.encoder.chunk_sizes(view)[-1]
         chunks = np.split(self.frames, range(size, len(self.frames), size))
-        return np.concatenate([encode.encode_chunk(learner.encoder, x) for x in chunks])
+        return np.concatenate([encode.encode_chunk(learner.encoder, x, view) for x in chunks])
 
     def encode_copies(self, learner: Learner) -> np.ndarray:
         """Encodes R copies of the video, each on one device; returns what one device made of it."""
         from longrl_jax.encode import CHUNK_FRAMES
 
         chunks = np.split(self.frames, range(CHUNK_FRAMES, len(self.frames), CHUNK_FRAMES))
-        copies = [np.asarray(learner.encoder.encode(np.concatenate([x] * R))) for x in chunks]
+        view = self.view(learner)
+        copies = [np.asarray(learner.encoder.encode(np.concatenate([x] * R), view)) for x in chunks]
         first_FnC = np.concatenate([y[: len(x)] for x, y in zip(chunks, copies, strict=True)])
         return first_FnC.reshape(-1, first_FnC.shape[-1])
 

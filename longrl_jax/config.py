@@ -125,6 +125,12 @@ class DataConfig:
     max_pixels: int = 0
     """Most pixels of such a frame; 0: the backbone's own, 602112. A token is 28 x 28 of them in two
     frames."""
+    image_min_pixels: int = 0
+    """Fewest pixels of an image where its size follows the file's (Qwen2.5-VL); 0: as
+    preprocessor_config.json says, 3136 in published checkpoints."""
+    image_max_pixels: int = 0
+    """Most pixels of such an image; 0: as preprocessor_config.json says, 12845056 in published
+    checkpoints, 16384 tokens."""
     timestamp: str = ""
     """Text before every frame, with {t} for its time in seconds, as in Qwen3-VL: " {t:.0f}" or
     "<{t:.1f} seconds>"; empty: none."""
@@ -147,7 +153,7 @@ class DataConfig:
             raise ValueError(f"data.num_frames={self.num_frames} is over 8192, the most we decode")
         if not 0 <= self.fps <= 1000:
             raise ValueError(f"data.fps={self.fps} must be 0 (uniform) to 1000")
-        for name in ("min_pixels", "max_pixels"):
+        for name in ("min_pixels", "max_pixels", "image_min_pixels", "image_max_pixels"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be 0 or more")
         _check_timestamp(self.timestamp)

@@ -166,7 +166,7 @@ def inspect(folder: Path) -> Iterator[str]:
         f"{text.head_dim} ({text.num_kv_heads} for keys), vocabulary {text.vocab_size}, "
         f"{'tied' if text.tied else 'untied'} head"
     )
-    if (layout := backbone.video_layout(cfg)) is not None:
+    if (layout := backbone.media_layout(cfg)) is not None:
         (h, w), (rows, columns) = layout.image_size, layout.grid
         if layout.pixels is None:
             yield f"video: frames of {h} x {w} px become {rows} x {columns} tokens and a separator"

@@ -1,4 +1,4 @@
-"""Media to embeddings: every video is decoded and encoded once, over the mesh, through the store.
+"""Media to embeddings: every file is decoded and encoded once, over the mesh, through the store.
 
 Source: MR-SP stage 1 (arXiv:2507.07966 section 4): the frames of a video are split evenly over the
 devices, each runs the vision tower on its part. What is stored is the output of the deepest frozen
@@ -6,6 +6,7 @@ stage, one row a media token, so a hit needs no decoding and the projector can s
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from jaxtyping import UInt8
 
 from longrl_jax.data import video
 from longrl_jax.sharding import rules
-from longrl_jax.types import Media, Prompt
+from longrl_jax.types import Media, Prompt, View
 from rollout_bridge import video_cache
 
 CHUNK_FRAMES = 64
@@ -33,10 +34,10 @@ COUNTERS = DECODED, ENCODED = "media/decoded_frames", "media/encoded_frames"
 class Encoder:
     """The frozen part of a backbone on the mesh."""
 
-    encode: Callable[[np.ndarray], jax.Array]
-    """uint8 [F, H, W, 3] -> [F / unit_frames, n, C], F one of chunk_sizes."""
-    chunk_sizes: tuple[int, ...]
-    """Smallest first."""
+    encode: Callable[[np.ndarray, View], jax.Array]
+    """uint8 [F, H, W, 3] of a view -> [F / unit_frames, n, C], F one of its chunk sizes."""
+    chunk_sizes: Callable[[View], tuple[int, ...]]
+    """Numbers of frames that the tower is compiled for, smallest first."""
     width: int
     """C: numbers of one stored row."""
     dtype: np.dtype
@@ -44,8 +45,6 @@ class Encoder:
     """Name of the deepest frozen stage: packed or projected."""
     digest: str
     """Of every weight that the stage applies, and of what else its numbers depend on."""
-    unit_frames: int = 1
-    """Frames that become one row of n tokens."""
 
 
 def make_encoder(
@@ -58,48 +57,47 @@ def make_encoder(
     dtype: Any,
     mesh: jax.sharding.Mesh,
     digest: str,
-    unit_frames: int = 1,
     chunk_frames: int = CHUNK_FRAMES,
 ) -> Encoder:
     """Compiles the frozen stages for two numbers of frames, split over all devices but tensor.
 
-    Where the size of frames follows the video's, every size that occurs is compiled anew.
+    Every view that occurs is compiled anew, where the size of frames follows the file's each size.
 
     frozen and trained together hold every parameter of the model that graphdef describes; of the
     trained only the shapes are used, since an update replaces their arrays.
     """
     run = make_program(graphdef, trained, stage=stage, dtype=dtype)
 
-    def encode(frames_FHW3: np.ndarray) -> jax.Array:
+    def encode(frames_FHW3: np.ndarray, view: View) -> jax.Array:
         with jax.set_mesh(mesh):
-            return run(frozen, jnp.asarray(frames_FHW3))
+            return run(frozen, jnp.asarray(frames_FHW3), view)
 
-    sizes = chunk_sizes(mesh, chunk_frames, unit_frames)
-    return Encoder(encode, sizes, width, np.dtype(dtype), stage, digest, unit_frames)
+    sizes = functools.partial(chunk_sizes, mesh, chunk_frames=chunk_frames)
+    return Encoder(encode, sizes, width, np.dtype(dtype), stage, digest)
 
 
 def chunk_sizes(
-    mesh: jax.sharding.Mesh, chunk_frames: int = CHUNK_FRAMES, unit_frames: int = 1
+    mesh: jax.sharding.Mesh, view: View, *, chunk_frames: int = CHUNK_FRAMES
 ) -> tuple[int, ...]:
     """Returns the numbers of frames that the tower is compiled for, smallest first: whole units for
     every device."""
-    split = mesh.devices.size // mesh.shape["tensor"] * unit_frames
+    split = mesh.devices.size // mesh.shape["tensor"] * view.unit_frames
     few = min(FEW_FRAMES, chunk_frames)
     return tuple(sorted({-(-size // split) * split for size in (few, chunk_frames)}))
 
 
 def make_program(graphdef: nnx.GraphDef, trained: nnx.State, *, stage: str, dtype: Any) -> Any:
-    """Returns the jitted (frozen, uint8 frames [F, H, W, 3]) -> features [F, n, C] of make_encoder;
-    to be called inside jax.set_mesh."""
+    """Returns the jitted (frozen, uint8 frames [F, H, W, 3], their view) -> features [U, n, C] of
+    make_encoder; to be called inside jax.set_mesh."""
     shapes = jax.eval_shape(lambda: trained)
 
-    @jax.jit
-    def run(frozen: nnx.State, frames_FHW3: jax.Array) -> jax.Array:
+    @functools.partial(jax.jit, static_argnums=2)
+    def run(frozen: nnx.State, frames_FHW3: jax.Array, view: View) -> jax.Array:
         unused = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)  # no part of `stage`
         model = nnx.merge(graphdef, frozen, unused)
         frames_FHW3 = rules.constrain(frames_FHW3, "frames", None, None, None)
-        features_FnC = model.encode(frames_FHW3, stage=stage, compute_dtype=dtype)
-        return rules.constrain(features_FnC.astype(dtype), "frames", None, None)
+        features_UnC = model.encode(frames_FHW3, view=view, stage=stage, compute_dtype=dtype)
+        return rules.constrain(features_UnC.astype(dtype), "frames", None, None)
 
     return run
 
@@ -118,8 +116,9 @@ def embed(
 
     A key that the store holds decodes nothing. The others are decoded by the pool's processes
     while the devices encode; `clock` is told the seconds spent waiting for either (decode, encode),
-    `count` the frames (COUNTERS) that came from a decoder and that went through the tower.
-    A refused video leaves nothing in the store, however much of it could be read.
+    `count` the frames (COUNTERS) that came from a decoder and that went through the tower; an image
+    counts as its unit's. `decoder` is for videos. A refused file leaves nothing in the store,
+    however much of it could be read.
     """
     media = {m.key: m for prompt in prompts for m in prompt.media}
     names = {
@@ -140,24 +139,36 @@ def embed(
     return features, refused
 
 
-def encode_chunk(encoder: Encoder, frames: UInt8[np.ndarray, "F Y X 3"]) -> np.ndarray:
-    """Encodes at most chunk_sizes[-1] frames of one video, whole units; returns [U * n, C].
+def encode_chunk(encoder: Encoder, frames: UInt8[np.ndarray, "F Y X 3"], view: View) -> np.ndarray:
+    """Encodes at most a chunk of frames of one file, whole units; returns [U * n, C].
 
     They are padded to one of the shapes. No frame of padding reaches the joined array, and a device
     that got nothing else is not read.
     """
-    F, unit = len(frames), encoder.unit_frames
+    F, unit = len(frames), view.unit_frames
     assert F % unit == 0, f"{F} frames are no whole units of {unit}"
-    size = next(size for size in encoder.chunk_sizes if size >= F)
+    size = next(size for size in encoder.chunk_sizes(view) if size >= F)
     padded = np.zeros((size, *frames.shape[1:]), np.uint8)
     padded[:F] = frames
-    padded_UnC, U = encoder.encode(padded), F // unit
+    padded_UnC, U = encoder.encode(padded, view), F // unit
     features_UnC = np.empty((U, *padded_UnC.shape[1:]), padded_UnC.dtype)
     for part in padded_UnC.addressable_shards:
         rows = range(size // unit)[part.index[0]]
         if part.replica_id == 0 and rows.start < U:
             features_UnC[rows.start : rows.stop] = np.asarray(part.data)[: U - rows.start]
     return features_UnC.reshape(-1, features_UnC.shape[-1])
+
+
+def job_of(medium: Media, decoder: str) -> video.Job:
+    """Returns what a decoder process is asked for; decoder: of videos."""
+    return video.Job(
+        path=medium.path,
+        times_s=medium.times_s,
+        size=medium.view.size,
+        decoder="image" if medium.kind == "image" else decoder,
+        scales=medium.view.scales,
+        stored=medium.stored,
+    )
 
 
 def features_of(prompt: Prompt, features: Mapping[str, np.ndarray]) -> np.ndarray | None:
@@ -179,15 +190,13 @@ def _encode_missing(
     count: Callable[[str, int], None],
 ) -> dict[str, video.VideoError]:
     """Decodes and encodes in the order that chunks arrive; returns the refused by Media.key."""
-    jobs = [
-        video.Job(path=m.path, times_s=m.times_s, size=m.size, decoder=decoder, stored=m.stored)
-        for m in media
-    ]
+    jobs = [job_of(m, decoder) for m in media]
+    chunks = [encoder.chunk_sizes(m.view)[-1] for m in media]
     refused: dict[str, video.VideoError] = {}
     writers: dict[int, video_cache.EntryWriter] = {}
     started_s = time.perf_counter()
     try:
-        for item in pool.decode(jobs, chunk=encoder.chunk_sizes[-1]):
+        for item in pool.decode(jobs, chunk=chunks):
             decoded_s = time.perf_counter()
             clock("decode", decoded_s - started_s)
             m, i = media[item.job_index], item.job_index
@@ -200,14 +209,14 @@ def _encode_missing(
                     shape = (m.num_tokens, encoder.width)
                     writers[i] = store.writer(names[m.key], shape, encoder.dtype)
                 count(DECODED, len(item.frames))
-                writers[i].write(encode_chunk(encoder, item.frames))
+                writers[i].write(encode_chunk(encoder, item.frames, m.view))
                 count(ENCODED, len(item.frames))
                 if item.first_frame + len(item.frames) == len(m.times_s):
                     writers.pop(i).publish()
             started_s = time.perf_counter()
             clock("encode", started_s - decoded_s)
         clock("decode", time.perf_counter() - started_s)
-        assert not writers, f"{len(writers)} videos ended early without an error"
+        assert not writers, f"{len(writers)} files ended early without an error"
     finally:
         for writer in writers.values():
             writer.discard()

@@ -154,7 +154,7 @@ def run(cfg: config.Config, plan: Plan, found: dict[str, Any]) -> dict[str, Any]
                 continue
             got = evaluation.answer(cfg, policy, engines, shown, embed, inputs, mode=how)
             if how.name == NO_VIDEO:  # the film asked about: questions that share one are kin
-                films = {prompt.example.id: prompt.example.video for prompt in asked}
+                films = {prompt.example.id: prompt.example.about for prompt in asked}
                 got = [[row | {"video": films[row["id"]]} for row in rows] for rows in got]
             answers[how.name], found["modes"][how.name] = got, scores.summary(got)
             found["counts"][how.name] = {"asked": len(asked), "answered": len(got)}

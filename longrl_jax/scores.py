@@ -231,12 +231,12 @@ def _parts(questions: Sequence[Sequence[Row]]) -> dict[str, Score]:
 
 
 def _cluster(row: Row) -> str:
-    """What a question is about: its film, or itself."""
+    """What a question is about: its media, or itself."""
     return f"film {row['video']}" if row["video"] else f"question {row['id']}"
 
 
 def _films(examples: Iterable[Example]) -> list[str]:
-    return [_cluster({"video": e.video, "id": e.id}) for e in examples]
+    return [_cluster({"video": e.about, "id": e.id}) for e in examples]
 
 
 def _variance(values: np.ndarray, clusters: Sequence[str], *, ddof: int) -> float:

@@ -21,6 +21,18 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MediaFile:
+    """An image or a video that a record asks about."""
+
+    kind: str
+    """image or video."""
+    path: str
+    """Under data.root."""
+    at: int = 0
+    """Character of the question that it stands before; 0: before all words."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:
     """One question of a data set, as its file says it; nothing is decoded yet."""
 
@@ -31,45 +43,86 @@ class Example:
     """The reference answer: a letter, a number or free text."""
     kind: str = ""
     """Category that results are reported by, e.g. temporal, goal, plot, spatial."""
-    video: str = ""
-    """Path under data.root; empty for a text-only question."""
+    media: tuple[MediaFile, ...] = ()
+    """In the order in which they stand, `at` ascending; empty for a text-only question."""
     reasoning: str = ""
     """Reference reasoning without tags; the target of CoT-SFT."""
 
+    @property
+    def about(self) -> str:
+        """Paths of the media, joined by " + ": results of questions with equal ones are kin."""
+        return " + ".join(file.path for file in self.media)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VideoLayout:
-    """What a backbone says of a video frame, so that prompts can be laid out without the model."""
+class View:
+    """What the vision tower gets of an image or a video, and how many tokens come of it."""
+
+    size: tuple[int, int]
+    """Height and width, in pixels, of one input of the tower: a frame, an image, a tile of it."""
+    grid: tuple[int, int]
+    """Height and width, in media tokens, of what unit_frames inputs become."""
+    unit_frames: int = 1
+    """Inputs that share their tokens. A video whose frames do not fill the last unit repeats its
+    last frame; an image is one unit."""
+    scales: tuple[tuple[int, int], ...] = ()
+    """Heights and widths that an image is resized to, each cut into tiles of `size`, row by row;
+    all tiles are the unit. Empty: the image itself, resized to `size`, unit_frames times."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MediaLayout:
+    """What a backbone makes of media, so that prompts can be laid out without the model."""
 
     image_size: tuple[int, int]
-    """Height and width, in pixels, that frames are resized to; with `pixels`: of one token."""
+    """Height and width, in pixels, that pictures are resized to; with `pixels`: of one token."""
     grid: tuple[int, int]
-    """Height and width of a frame of image_size, in media tokens."""
+    """Height and width of a picture of image_size, in media tokens."""
     media_token: str
-    """Token that stands where a media feature goes."""
+    """Token that stands where a feature of a video goes."""
+    image_token: str = ""
+    """The same of an image; empty: media_token."""
     separator: str
-    """Text (one token) after every frame, embedded from the model's own table; empty: none."""
+    """Text (one token) after every unit, embedded from the model's own table; empty: none."""
     around: tuple[str, str] = ("", "")
-    """Texts before and after the tokens of a video."""
+    """Texts before and after the tokens of a medium."""
     unit_frames: int = 1
-    """Frames that share their tokens; a video whose frames do not fill the last unit repeats its
-    last frame."""
+    """View.unit_frames of an image, and of a video where video_unit is None."""
     pixels: tuple[int, int] | None = None
     """Fewest and most pixels of a frame, whose size then follows the video's; None: image_size."""
+    image_pixels: tuple[int, int] | None = None
+    """The same of an image; given where `pixels` is."""
     resize: "Callable[[int, int, int, int], tuple[int, int]] | None" = None
-    """(height, width, *pixels) -> height and width that frames are resized to; with `pixels`."""
+    """(height, width, *pixels) -> height and width that pictures are resized to; with `pixels`."""
+    image_view: "Callable[[int, int], View] | None" = None
+    """(height, width) -> an image's View, where tiles of it are encoded together; None: an image is
+    laid out as a frame."""
+    video_unit: "Callable[[int], int] | None" = None
+    """Number of frames of a video -> View.unit_frames, where it depends on that."""
     positions: "Callable[[int, Sequence[Media]], tuple[np.ndarray, int]] | None" = None
     """(tokens of a prompt, its media) -> Prompt.rope_pos and next_rope_pos; None: 0, 1, 2, ..."""
     media_apart: bool = False
     """The engine takes tokens and media features apart, since its positions need the grids."""
 
-    def frame(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Returns the size in pixels, and the grid in tokens, of a video's frames."""
-        if self.pixels is None or self.resize is None:
-            return self.image_size, self.grid
-        size = self.resize(height, width, *self.pixels)
+    def image(self, height: int, width: int) -> View:
+        """Returns what an image of this size becomes."""
+        if self.image_view is not None:
+            return self.image_view(height, width)
+        return self._view(height, width, self.image_pixels, self.unit_frames)
+
+    def video(self, height: int, width: int, num_frames: int) -> View:
+        """Returns what a video becomes whose frames have this size, num_frames of them sampled."""
+        unit = self.unit_frames if self.video_unit is None else self.video_unit(num_frames)
+        return self._view(height, width, self.pixels, unit)
+
+    def _view(
+        self, height: int, width: int, pixels: tuple[int, int] | None, unit_frames: int
+    ) -> View:
+        if pixels is None or self.resize is None:
+            return View(size=self.image_size, grid=self.grid, unit_frames=unit_frames)
+        size = self.resize(height, width, *pixels)
         rows, columns = (a // b for a, b in zip(size, self.image_size, strict=True))
-        return size, (rows, columns)
+        return View(size=size, grid=(rows, columns), unit_frames=unit_frames)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,18 +137,19 @@ class Media:
     """Digest of the content, the requested sampling, the preprocessing and the decoder."""
     grid: tuple[int, int, int]
     """Time, height and width, in tokens."""
+    view: View
+    """What the tower gets of it; grid[1:] is that of the view."""
     times_s: tuple[float, ...]
-    """Requested time of every frame, in seconds from the start."""
-    size: tuple[int, int]
-    """Height and width, in pixels, that frames are resized to."""
+    """Requested time of every frame, in seconds from the start; of an image 0 for every input of
+    the tower."""
     num_tokens: int
-    """Media tokens (t * h * w), without separators such as the token that ends a frame."""
+    """Media tokens (t * h * w), without separators such as the token that ends a unit."""
     offset: int
     """Index of the first media token in Prompt.tokens."""
     unit_s: float = 1.0
     """Seconds from one step of the grid's time to the next."""
     stored: tuple[int, int] | None = None
-    """Height and width that the file says, where `size` follows them: frames must have them."""
+    """Height and width that the file says, where the view follows them: pictures must have them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -132,7 +132,7 @@ REFUSED_RECORDS = {  # name -> (fields over GOOD, or a whole line; what is said)
     "no answer": ({"answer": ""}, ["answer='' is empty"]),
     "a number as answer": ({"answer": 4}, ["answer=4 must be text"]),
     "an answer half tagged": ({"answer": "<answer>B"}, ["must be <answer>X</answer>, or X"]),
-    "a list of videos": ({"video": ["ok.mp4"]}, ["video=['ok.mp4'] must be text"]),
+    "a number as video": ({"video": 4}, ["video=4 must be a path, as text, or a list of paths"]),
     "true as id": ({"id": True}, ["id=True must be text or a whole number"]),
     "no reasoning to learn": ({"reasoning": ""}, ["has no reasoning to learn from; add the field"]),
     "a special token asked": (

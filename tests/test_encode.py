@@ -16,7 +16,7 @@ from longrl_jax.metrics import Phases
 from longrl_jax.models import decoder, projector, siglip, vila
 from longrl_jax.models.rope import Rope
 from longrl_jax.sharding import make_mesh
-from longrl_jax.types import Example, Media, Prompt
+from longrl_jax.types import Example, Media, Prompt, View
 from rollout_bridge.video_cache import VideoStore
 
 CFG = vila.Config(
@@ -46,6 +46,7 @@ CFG = vila.Config(
     num_vision_layers=1,
     vision_prefix="",
 )
+VIEW = View(size=(32, 32), grid=(2, 2))
 TOKENS = 4  # of one frame: 4 x 4 patches, 2 x 2 side by side
 LONG = 130
 HOUR = 3599
@@ -110,7 +111,7 @@ def medium(path, num_frames, *, key=None, offset=0):
         key=key or f"{path}:{num_frames}",
         grid=(num_frames, 2, 2),
         times_s=tuple(i / 10 for i in range(num_frames)),
-        size=(32, 32),
+        view=VIEW,
         num_tokens=TOKENS * num_frames,
         offset=offset,
     )
@@ -141,9 +142,7 @@ def wanted(model, film):
 
 def one_device(model, m):
     """{stage: rows of a medium}: no chunks, padding or mesh."""
-    (frames,) = video.read_frames(
-        video.Job(path=m.path, times_s=m.times_s, size=m.size, decoder="pyav"), chunk=m.grid[0]
-    )
+    (frames,) = video.read_frames(encode.job_of(m, "pyav"), chunk=m.grid[0])
     run = nnx.jit(lambda model, x: [model.encode(x, stage=stage) for stage in vila.STAGES])
     rows = [np.asarray(x).reshape(m.num_tokens, -1) for x in run(model, frames)]
     # frames differ, so that an exchange of two would be seen
@@ -164,9 +163,9 @@ def counted(encoder):
     """Returns the encoder and a list that grows with every call of the tower."""
     calls = []
 
-    def run(frames):
+    def run(frames, view):
         calls.append(len(frames))
-        return encoder.encode(frames)
+        return encoder.encode(frames, view)
 
     return dataclasses.replace(encoder, encode=run), calls
 
@@ -218,10 +217,10 @@ def test_the_projected_stage(model, wanted, film, store, pool):
 
 def test_padding_does_not_reach_the_frames_beside_it(encoder):
     rng = np.random.default_rng(0)
-    frames = rng.integers(0, 256, (encoder.chunk_sizes[-1], 32, 32, 3), dtype=np.uint8)
+    frames = rng.integers(0, 256, (encoder.chunk_sizes(VIEW)[-1], 32, 32, 3), dtype=np.uint8)
     other = frames.copy()
     other[5:] = rng.integers(0, 256, other[5:].shape, dtype=np.uint8)
-    a, b = np.asarray(encoder.encode(frames)), np.asarray(encoder.encode(other))
+    a, b = (np.asarray(encoder.encode(x, VIEW)) for x in (frames, other))
     np.testing.assert_array_equal(a[:5], b[:5])
     assert np.abs(a[5:] - b[5:]).max() > 0
 
@@ -233,31 +232,31 @@ def test_padding_leaves_no_device(model, num_frames):
     frames = rng.integers(0, 256, (num_frames, 32, 32, 3), dtype=np.uint8)
     whole, gone = [], []
 
-    def run(padded):
-        whole.append(np.array(encoder.encode(padded)))
-        output = encoder.encode(padded)
+    def run(padded, view):
+        whole.append(np.array(encoder.encode(padded, view)))
+        output = encoder.encode(padded, view)
         for part in output.addressable_shards:  # one of the two copies on axis tensor is enough
             if part.index[0].start >= num_frames or part.replica_id:
                 part.data.delete()
                 gone.append(part.device)
         return output
 
-    got = encode.encode_chunk(dataclasses.replace(encoder, encode=run), frames)
+    got = encode.encode_chunk(dataclasses.replace(encoder, encode=run), frames, VIEW)
     with_a_frame = {1: 1, 9: 3, 13: 4, 16: 4}  # of 4 places with 2 (of 8 frames) or 4 frames (16)
     assert len(gone) == 8 - with_a_frame[num_frames]
     assert_close(got, whole[0][:num_frames].reshape(num_frames * TOKENS, -1))
 
 
 def test_frames_are_split_over_all_devices(model, encoder):
-    assert encoder.chunk_sizes == (8, 16)
-    for size in encoder.chunk_sizes:
-        parts = encoder.encode(np.zeros((size, 32, 32, 3), np.uint8)).addressable_shards
+    assert encoder.chunk_sizes(VIEW) == (8, 16)
+    for size in (8, 16):
+        parts = encoder.encode(np.zeros((size, 32, 32, 3), np.uint8), VIEW).addressable_shards
         assert len({part.device for part in parts}) == 8
         assert {part.data.shape[0] for part in parts} == {size // 8}
-    assert make_encoder(model, chunk_frames=10).chunk_sizes == (8, 16)
-    assert make_encoder(model, chunk_frames=3).chunk_sizes == (8,)
-    assert make_encoder(model, mesh=mesh_of(4, 2), chunk_frames=10).chunk_sizes == (8, 12)
-    assert make_encoder(model, mesh=mesh_of(3), chunk_frames=64).chunk_sizes == (9, 66)
+    assert make_encoder(model, chunk_frames=10).chunk_sizes(VIEW) == (8, 16)
+    assert make_encoder(model, chunk_frames=3).chunk_sizes(VIEW) == (8,)
+    assert make_encoder(model, mesh=mesh_of(4, 2), chunk_frames=10).chunk_sizes(VIEW) == (8, 12)
+    assert make_encoder(model, mesh=mesh_of(3), chunk_frames=64).chunk_sizes(VIEW) == (9, 66)
 
 
 def test_films_of_every_length_need_two_programs(model, wanted, film, store, pool, caplog):
@@ -321,11 +320,11 @@ def test_a_half_read_video_leaves_no_entry(encoder, film, store, pool, tmp_path)
 def test_an_error_of_the_encoder_leaves_no_half_entry(encoder, film, store, pool):
     calls = []
 
-    def run(frames):
+    def run(frames, view):
         calls.append(len(frames))
         if len(calls) == 3:
             raise FloatingPointError("out of luck")
-        return encoder.encode(frames)
+        return encoder.encode(frames, view)
 
     broken = dataclasses.replace(encoder, encode=run)
     m = medium(film, LONG)

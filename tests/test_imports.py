@@ -42,7 +42,7 @@ LAYER = {  # the longest prefix counts; a module that has no row fails the test
 DOORS = {  # a heavy package -> the only files that may import it
     "av": ("longrl_jax/data/video.py", "longrl_jax/data/synthetic.py"),
     "decord": ("longrl_jax/data/video.py",),
-    "PIL": ("longrl_jax/data/video.py", "longrl_jax/report/samples.py"),
+    "PIL": ("longrl_jax/data/image.py", "longrl_jax/data/video.py", "longrl_jax/report/samples.py"),
     "vllm": ("rollout_bridge/",),
     "torch": ("rollout_bridge/",),
     "safetensors": ("longrl_jax/models/hf_files.py",),

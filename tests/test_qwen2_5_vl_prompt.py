@@ -15,8 +15,8 @@ from longrl_jax import config, convert, encode, models
 from longrl_jax.data import prompts, video
 from longrl_jax.plan import programs
 from longrl_jax.sharding import make_mesh
-from longrl_jax.stages.policy import video_layout
-from longrl_jax.types import Example
+from longrl_jax.stages.policy import media_layout
+from longrl_jax.types import Example, MediaFile
 from rollout_bridge.video_cache import VideoStore
 
 ROOT = Path(__file__).parents[1]
@@ -41,13 +41,16 @@ def world(tmp_path_factory):
 
 
 def layout_of(world, **data):
-    return video_layout(world.backbone, world.cfg, config.DataConfig(root="x", **data))
+    return media_layout(world.backbone, world.cfg, config.DataConfig(root="x", **data))
 
 
-def ask(world, *, video="film.mp4", **settings):
+FILM = MediaFile(kind="video", path="film.mp4")
+
+
+def ask(world, *, media=(FILM,), **settings):
     settings = {"num_frames": 64, "fps": 10.0} | settings
     return prompts.encode_prompt(
-        Example(id="q", question="What is shown?", answer="A", video=video),
+        Example(id="q", question="What is shown?", answer="A", media=media),
         tokenizer=world.tokenizer,
         layout=layout_of(world, **BOUNDS),
         decoder="pyav",
@@ -61,7 +64,7 @@ def test_a_prompt_holds_units_of_two_frames_between_start_and_end(world):
     prompt = ask(world)
     (film,) = prompt.media
     # 64 x 96 px hold over 4 tokens: rounded to 56 x 84, 2 x 3 tokens; 23 frames are 12 units
-    assert (film.size, film.grid, film.num_tokens) == ((56, 84), (12, 2, 3), 72)
+    assert (film.view.size, film.grid, film.num_tokens) == ((56, 84), (12, 2, 3), 72)
     assert len(film.times_s) == 24 and film.times_s[-1] == film.times_s[-2] == 2.2
     assert film.unit_s == pytest.approx(0.2)
     names = world.tokenizer.convert_ids_to_tokens(prompt.tokens.tolist())
@@ -87,7 +90,7 @@ def test_frames_spread_over_the_film_are_timed_by_their_distance(world):
 
 
 def test_a_text_prompt_counts_all_three_positions(world):
-    prompt = ask(world, video="")
+    prompt = ask(world, media=())
     P = len(prompt.tokens)
     np.testing.assert_array_equal(prompt.rope_pos, np.repeat(np.arange(P)[:, None], 3, axis=1))
     assert prompt.next_rope_pos == P and not prompt.media
@@ -98,7 +101,7 @@ def test_the_size_is_part_of_the_key(world):
     keys = set()
     for layout in (layout_of(world, **BOUNDS), other):
         (film,) = prompts.encode_prompt(
-            Example(id="q", question="?", answer="A", video="film.mp4"),
+            Example(id="q", question="?", answer="A", media=(FILM,)),
             tokenizer=world.tokenizer, layout=layout, num_frames=4, fps=0.0, decoder="pyav",
             template="direct", root=world.folder,
         ).media  # fmt: skip
@@ -126,8 +129,8 @@ def test_bounds_of_pixels_are_for_frames_of_any_size(name):
         if name.endswith("json")
         else (models.BACKBONES["qwen2"], None)
     )
-    with pytest.raises(ValueError, match="data.max_pixels=8000 are for backbones whose frames"):
-        video_layout(backbone, cfg, config.DataConfig(root="x", max_pixels=8000))
+    with pytest.raises(ValueError, match="data.max_pixels=8000 are for backbones whose pictures"):
+        media_layout(backbone, cfg, config.DataConfig(root="x", max_pixels=8000))
 
 
 def test_stored_features_do_not_depend_on_chunks_or_devices(world, tmp_path):
@@ -138,16 +141,15 @@ def test_stored_features_do_not_depend_on_chunks_or_devices(world, tmp_path):
         world.model, lambda path, x: path[0] in ("vision", "projector"), ...
     )
     mesh = make_mesh(seq=2, devices=jax.devices()[:2])
-    layout = layout_of(world, **BOUNDS)
     encoder = encode.make_encoder(
         graphdef, frozen, trained, stage="projected", width=world.cfg.text.width,
-        dtype=jnp.float32, mesh=mesh, digest="w0", unit_frames=layout.unit_frames, chunk_frames=20,
+        dtype=jnp.float32, mesh=mesh, digest="w0", chunk_frames=20,
     )  # fmt: skip
-    assert encoder.chunk_sizes == (8, 20)  # whole units for both devices
+    assert encoder.chunk_sizes(film.view) == (8, 20)  # whole units for both devices
     store = VideoStore(tmp_path / "store", 2**30)
     with video.DecoderPool(1, timeout_s=60) as pool:
         features, refused = encode.embed(encoder, [prompt], store, pool, decoder="pyav")
-    job = video.Job(path=film.path, times_s=film.times_s, size=film.size, decoder="pyav")
+    job = encode.job_of(film, "pyav")
     (frames,) = video.read_frames(job, chunk=64)
     want = world.model.encode(frames, stage="projected").reshape(film.num_tokens, -1)
     assert not refused
@@ -171,10 +173,7 @@ def test_a_film_that_its_container_turns_is_refused(world, tmp_path):
     """Its size was chosen for pictures as stored; turned ones would be distorted."""
     path = clips.make(tmp_path / "turned.mp4", num_frames=8, size=(64, 96), rotation=90)
     turned = dataclasses.replace(ask(world).media[0], path=str(path), times_s=(0.0, 0.1))
-    job = video.Job(
-        path=turned.path, times_s=turned.times_s, size=turned.size, decoder="pyav",
-        stored=turned.stored,
-    )  # fmt: skip
+    job = encode.job_of(turned, "pyav")
     with video.DecoderPool(1, timeout_s=60) as pool:
         (item,) = pool.decode([job], chunk=8)
     assert item.error.kind == "turned" and "96 x 64, not 64 x 96 px" in str(item.error)

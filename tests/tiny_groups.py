@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from longrl_jax.types import Example, Media, Prompt, Rollout, Sample
+from longrl_jax.types import Example, Media, Prompt, Rollout, Sample, View
 
 V = 90
 """The media token."""
@@ -19,7 +19,7 @@ def make_prompt(tokens, *, key="", rope_pos=None, next_rope_pos=None, name="q") 
         key=key,
         grid=(1, 1, num_media),
         times_s=(0.0,),
-        size=(8, 8),
+        view=View(size=(8, 8), grid=(1, num_media)),
         num_tokens=num_media,
         offset=int(is_media.argmax()),
     )

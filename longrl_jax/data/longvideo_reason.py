@@ -2,7 +2,9 @@
 
 Source: the card of LongVideo-Reason/longvideo-reason (fields problem_id, problem, data_type,
 problem_type, reasoning, videos, answer). The plain form has the names of types.Example: id,
-question, answer, kind, video, reasoning. Other fields are left alone.
+question, answer, kind, reasoning, with video, videos, image or images for the media. Other fields
+are left alone. Media stand where the question says <image> and <video>, as in Long-RL and EasyR1
+(verl/utils/dataset.py), or all before its words.
 """
 
 import functools
@@ -13,19 +15,22 @@ from typing import Any
 
 import numpy as np
 
-from longrl_jax.types import Example
+from longrl_jax.types import Example, MediaFile
 
 NAMES = {
     "id": ("id", "problem_id"),
     "question": ("question", "problem", "prompt"),
     "answer": ("answer",),
     "kind": ("kind", "problem_type"),
-    "video": ("video", "videos"),
     "reasoning": ("reasoning",),
 }
 """Field of Example -> the names it may have in a line; two of them at once are refused."""
 REQUIRED = ("id", "question", "answer")
-MEDIA_TYPES = ("video", "text")
+MEDIA_NAMES = {"image": ("image", "images"), "video": ("video", "videos")}
+"""Kind of medium -> the names of its field: one path or a list of them. Without placeholders images
+stand before videos."""
+PLACEHOLDER = re.compile(r"<(image|video)>")
+MEDIA_TYPES = ("image", "video", "text")
 """Values of LongVideo-Reason's data_type that we can read."""
 ANSWER = re.compile(r"\s*<answer>(.*)</answer>\s*", re.DOTALL)
 REASONING = re.compile(r"\s*<think>(.*?)</think>\s*(?:<answer>.*</answer>\s*)?", re.DOTALL)
@@ -88,7 +93,7 @@ class Records:
 
 
 def open_records(root: Path, file: str) -> Records:
-    """Opens root/file; every video of it must lie under root."""
+    """Opens root/file; every image and video of it must lie under root."""
     return Records(Path(root), file)
 
 
@@ -110,8 +115,40 @@ def parse(line: bytes, *, root: Path, where: str) -> Example:
             )
     texts["answer"] = _untagged_answer(texts["answer"], where)
     texts["reasoning"] = _untagged_reasoning(texts["reasoning"], where)
-    _check_media(tree, texts["video"], root, where)
-    return Example(**texts)
+    files = {kind: _paths(tree, kind, root, where) for kind in MEDIA_NAMES}
+    media_type = tree.get("data_type")
+    if media_type is not None and media_type not in MEDIA_TYPES:
+        raise RecordError(
+            where, f"data_type={_shown(media_type)} must be one of {', '.join(MEDIA_TYPES)}"
+        )
+    if media_type in files and not files[media_type]:
+        raise RecordError(
+            where,
+            f"data_type={media_type!r}, but {media_type} is missing; name its file in "
+            f"{media_type}s",
+        )
+    question, media = _placed(texts.pop("question"), files, where)
+    return Example(**texts, question=question, media=media)
+
+
+def to_record(example: Example) -> dict[str, Any]:
+    """Returns the plain form of a record, which `parse` turns into the same Example."""
+    words, pieces, used = example.question, [], 0
+    if any(file.at for file in example.media) or len(example.media) > 1:
+        for file in example.media:
+            pieces += [words[used : file.at], f"<{file.kind}>"]
+            used = file.at
+    tree: dict[str, Any] = {
+        "id": example.id,
+        "question": "".join([*pieces, words[used:]]),
+        "answer": example.answer,
+        "kind": example.kind,
+    }
+    for kind, (one, many) in MEDIA_NAMES.items():
+        paths = [file.path for file in example.media if file.kind == kind]
+        if paths:
+            tree |= {one: paths[0]} if len(paths) == 1 else {many: paths}
+    return tree | {"reasoning": example.reasoning}
 
 
 def _unique(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -169,25 +206,58 @@ def _untagged_reasoning(reasoning: str, where: str) -> str:
     return inner
 
 
-def _check_media(tree: dict[str, Any], video: str, root: Path, where: str) -> None:
-    media_type = tree.get("data_type")
-    if media_type is not None and media_type not in MEDIA_TYPES:
+def _paths(tree: dict[str, Any], kind: str, root: Path, where: str) -> list[str]:
+    """Returns the paths of a record's images or videos, each of which stays in root."""
+    found = [name for name in MEDIA_NAMES[kind] if name in tree]
+    if len(found) > 1:
+        raise RecordError(where, f"{' and '.join(found)} both give the {kind}; keep one")
+    value = tree[found[0]] if found else None
+    if value is None or value == "":
+        return []
+    paths = value if isinstance(value, list) else [value]
+    if not all(isinstance(path, str) and path for path in paths):
         raise RecordError(
-            where, f"data_type={_shown(media_type)} must be one of {', '.join(MEDIA_TYPES)}"
+            where, f"{found[0]}={_shown(value)} must be a path, as text, or a list of paths"
         )
-    if media_type == "video" and not video:
-        raise RecordError(where, "data_type='video', but video is missing; name its file in videos")
-    if not video:
-        return
-    try:
-        inside = (root / video).resolve().is_relative_to(root.resolve())
-    except (ValueError, OSError, RuntimeError):  # a zero byte, a name too long, links in a circle
-        inside = False
-    if Path(video).is_absolute() or not inside:
-        raise RecordError(
-            where,
-            f"video={_shown(video)} must be a relative path that stays in {root}, links followed",
-        )
+    for path in paths:
+        try:
+            inside = (root / path).resolve().is_relative_to(root.resolve())
+        except (ValueError, OSError, RuntimeError):  # a zero byte, a long name, a circle of links
+            inside = False
+        if Path(path).is_absolute() or not inside:
+            raise RecordError(
+                where,
+                f"{kind}={_shown(path)} must be a relative path that stays in {root}, links "
+                "followed",
+            )
+    return paths
+
+
+def _placed(
+    question: str, files: dict[str, list[str]], where: str
+) -> tuple[str, tuple[MediaFile, ...]]:
+    """Takes the placeholders out of a question; returns its words and what stands where in them."""
+    kinds = [match[1] for match in PLACEHOLDER.finditer(question)]
+    if not kinds:
+        all_before = [MediaFile(kind=k, path=path) for k, paths in files.items() for path in paths]
+        return question, tuple(all_before)
+    for kind, paths in files.items():
+        if kinds.count(kind) != len(paths):
+            raise RecordError(
+                where,
+                f"the question says <{kind}> {kinds.count(kind)} times, but {kind} names "
+                f"{len(paths)} files; make them equal",
+            )
+    words, media = "", []
+    left = {kind: iter(paths) for kind, paths in files.items()}
+    for i, text in enumerate(PLACEHOLDER.split(question)):  # words and kinds take turns
+        if i % 2:
+            media.append(MediaFile(kind=text, path=next(left[text]), at=len(words)))
+        else:
+            words += text
+    if not words.strip():
+        raise RecordError(where, f"question={_shown(question)} has no words; it must ask something")
+    return words, tuple(media)
 
 
 def _shown(value: Any) -> str:

@@ -1,8 +1,8 @@
-"""From an Example to a Prompt: chat template, tokens, and where the frames of a video stand.
+"""From an Example to a Prompt: chat template, tokens, and where images and videos stand.
 
-The video comes before the question, so questions on one video share a long prefix. Every frame (or
-unit of frames that share their tokens) is grid h * w media tokens and, for VILA, one separator
-(NVlabs/VILA encoders/video/basic.py).
+Media come before the question unless the record says otherwise, so questions on one video share a
+long prefix. Every image and every unit of frames that share their tokens is grid h * w media tokens
+and, for VILA, one separator (NVlabs/VILA encoders/image/basic.py, encoders/video/basic.py).
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 
 from longrl_jax.config import pick
 from longrl_jax.data import video
-from longrl_jax.types import Example, Media, Prompt, VideoLayout
+from longrl_jax.types import Example, Media, MediaLayout, Prompt, View
 
 INSTRUCTIONS = {
     "think": (
@@ -59,9 +60,10 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 
 def user_text(example: Example, template: str) -> str:
-    """Returns what the user says after the video: the question, then the instruction."""
+    """Returns the words of the user: the question, then the instruction."""
     instruction = pick(INSTRUCTIONS, template, "data.template")
-    return f"{example.question}\n{f'{WATCH} ' if example.video else ''}{instruction}"
+    watch = any(file.kind == "video" for file in example.media)
+    return f"{example.question}\n{f'{WATCH} ' if watch else ''}{instruction}"
 
 
 def target_text(example: Example, template: str) -> str:
@@ -127,7 +129,7 @@ def encode_prompt(
     example: Example,
     *,
     tokenizer: Any,
-    layout: VideoLayout | None,
+    layout: MediaLayout | None,
     num_frames: int,
     fps: float,
     decoder: str,
@@ -135,41 +137,43 @@ def encode_prompt(
     root: Path,
     timestamp: str = "",
 ) -> Prompt:
-    """Lays out the tokens of a question; of its video only the container is probed.
+    """Lays out the tokens of a question; of its media only sizes and lengths are read.
 
-    layout: what the backbone says of a frame; None: a text-only model. num_frames, fps, decoder,
-    template, root and timestamp are those of DataConfig; example.video was checked when the record
-    was read. Raises ValueError (for a bad file video.VideoError) that says why a record cannot be
+    layout: what the backbone makes of media; None: a text-only model. num_frames, fps, decoder,
+    template, root and timestamp are those of DataConfig; paths were checked when the record was
+    read. Raises ValueError (for a bad file video.VideoError) that says why a record cannot be
     asked.
     """
     _refuse_special(example.question, tokenizer, f"the question of record {example.id!r}")
     asked = user_text(example, template)
-    if not example.video:
+    if not example.media:
         tokens = np.array(_tokens(_chat(asked, tokenizer), tokenizer), np.int32)
         return _prompt(example, tokens, layout)
     if layout is None:
         raise ValueError(
-            f"record {example.id!r} asks about {example.video!r}, but the model takes text only"
+            f"record {example.id!r} asks about {example.about!r}, but the model takes text only"
         )
-    head, tail = _around_video(asked, layout, tokenizer)
-    medium = _video(
-        root.absolute() / example.video,
-        layout,
-        num_frames=num_frames,
-        fps=fps,
-        decoder=decoder,
-    )
-    frames = _frame_tokens(medium, layout, tokenizer, timestamp)
-    tokens = np.concatenate([head, frames, tail]).astype(np.int32)
-    is_media = tokens == _one_token(layout.media_token, tokenizer)
-    medium = dataclasses.replace(medium, offset=int(is_media.argmax()))
-    return _prompt(example, tokens, layout, is_media=is_media, media=(medium,))
+    texts = _between_media(example, asked, layout, tokenizer)
+    pieces, is_media, media = [texts[0]], [np.zeros(len(texts[0]), bool)], []
+    for file, following in zip(example.media, texts[1:], strict=True):
+        path = root.absolute() / file.path
+        if file.kind == "image":
+            medium = _image(path, layout)
+        else:
+            medium = _video(path, layout, num_frames=num_frames, fps=fps, decoder=decoder)
+        tokens, of_media = _media_tokens(medium, layout, tokenizer, timestamp)
+        offset = sum(map(len, pieces)) + int(of_media.argmax())
+        media.append(dataclasses.replace(medium, offset=offset))
+        pieces += [tokens, following]
+        is_media += [of_media, np.zeros(len(following), bool)]
+    tokens = np.concatenate(pieces).astype(np.int32)
+    return _prompt(example, tokens, layout, is_media=np.concatenate(is_media), media=tuple(media))
 
 
 def _prompt(
     example: Example,
     tokens: np.ndarray,
-    layout: VideoLayout | None,
+    layout: MediaLayout | None,
     *,
     is_media: np.ndarray | None = None,
     media: tuple[Media, ...] = (),
@@ -194,58 +198,111 @@ def _chat(asked: str, tokenizer: Any) -> str:
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
-def _around_video(asked: str, layout: VideoLayout, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Returns the tokens before and after a video that stands before the words of the user."""
-    media_token, (before, after) = layout.media_token, layout.around
-    parts = _chat(before + media_token + after + asked, tokenizer).split(media_token)
-    if len(parts) != 2:
+def _between_media(
+    example: Example, asked: str, layout: MediaLayout, tokenizer: Any
+) -> list[np.ndarray]:
+    """Returns the tokens before, between and after the media of a question."""
+    (before, after), content, used = layout.around, "", 0
+    for file in example.media:
+        assert used <= file.at <= len(example.question), f"{file} stands nowhere in the question"
+        content += asked[used : file.at] + before + _placeholder(file.kind, layout) + after
+        used = file.at
+    placeholders = {_placeholder(file.kind, layout) for file in example.media}
+    either = "|".join(re.escape(token) for token in sorted(placeholders))
+    texts = re.split(either, _chat(content + asked[used:], tokenizer))
+    if len(texts) != len(example.media) + 1:
         raise ValueError(
-            f"the chat template of {tokenizer.name_or_path!r} says {media_token} "
-            f"{len(parts) - 1} times for one video; mend the template"
+            f"the chat template of {tokenizer.name_or_path!r} says {' or '.join(placeholders)} "
+            f"{len(texts) - 1} times for {len(example.media)}; mend the template"
         )
-    head, tail = (_tokens(part, tokenizer) for part in parts)
-    assert tail, "the instruction follows a video, so a prompt never ends in media"
-    return head, tail
+    parts = [np.array(_tokens(text, tokenizer), np.int32) for text in texts]
+    assert parts[-1].size, "the instruction follows all media, so a prompt never ends in media"
+    return parts
 
 
-def _frame_tokens(medium: Media, layout: VideoLayout, tokenizer: Any, timestamp: str) -> np.ndarray:
-    """Returns for every unit: its time where timestamp is set, h * w media tokens, separator."""
+def _placeholder(kind: str, layout: MediaLayout) -> str:
+    return (kind == "image" and layout.image_token) or layout.media_token
+
+
+def _media_tokens(
+    medium: Media, layout: MediaLayout, tokenizer: Any, timestamp: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns for every unit: its time where timestamp is set, h * w media tokens, separator; and
+    which of them are media tokens."""
     num_units, height, width = medium.grid
-    frame = np.full(height * width, _one_token(layout.media_token, tokenizer), np.int32)
+    media_token = _one_token(_placeholder(medium.kind, layout), tokenizer)
+    unit = np.full(height * width, media_token, np.int32)
     if layout.separator:
-        frame = np.append(frame, np.int32(_one_token(layout.separator, tokenizer)))
-    if not timestamp:
-        return np.tile(frame, num_units)
-    _refuse_special(timestamp, tokenizer, f"data.timestamp={timestamp!r}")
-    shown_s = medium.times_s[:: layout.unit_frames]
-    times = [_tokens(timestamp.format(t=t), tokenizer) for t in shown_s]
-    return np.concatenate([np.concatenate([time, frame]) for time in times])
+        unit = np.append(unit, np.int32(_one_token(layout.separator, tokenizer)))
+    if not timestamp or medium.kind == "image":
+        tokens = np.tile(unit, num_units)
+    else:
+        _refuse_special(timestamp, tokenizer, f"data.timestamp={timestamp!r}")
+        shown_s = medium.times_s[:: medium.view.unit_frames]
+        times = [_tokens(timestamp.format(t=t), tokenizer) for t in shown_s]
+        tokens = np.concatenate([np.concatenate([time, unit]) for time in times])
+    return tokens, tokens == media_token
 
 
-def _video(path: Path, layout: VideoLayout, *, num_frames: int, fps: float, decoder: str) -> Media:
+def _video(path: Path, layout: MediaLayout, *, num_frames: int, fps: float, decoder: str) -> Media:
     said = video.probe(path, decoder=decoder)
     times_s = video.frame_times(said.duration_s, num_frames=num_frames, fps=fps)
-    unit_s = layout.unit_frames * times_s[1] if len(times_s) > 1 else 1.0
-    times_s += times_s[-1:] * (-len(times_s) % layout.unit_frames)
-    size, frame_grid = layout.frame(said.height, said.width)
+    view = layout.video(said.height, said.width, len(times_s))
+    unit_s = view.unit_frames * times_s[1] if len(times_s) > 1 else 1.0
+    times_s += times_s[-1:] * (-len(times_s) % view.unit_frames)
+    return _medium(
+        "video",
+        path,
+        view,
+        times_s=times_s,
+        decoder=video.decoder_version(decoder),
+        unit_s=unit_s,
+        stored=(said.height, said.width) if layout.pixels else None,
+    )
+
+
+def _image(path: Path, layout: MediaLayout) -> Media:
+    height, width = video.probe_image(path)
+    view = layout.image(height, width)
+    return _medium(
+        "image",
+        path,
+        view,
+        times_s=(0.0,) * view.unit_frames,
+        decoder=video.decoder_version("image"),
+        unit_s=1.0,
+        stored=(height, width) if view.scales or layout.pixels else None,
+    )
+
+
+def _medium(
+    kind: str,
+    path: Path,
+    view: View,
+    *,
+    times_s: tuple[float, ...],
+    decoder: str,
+    unit_s: float,
+    stored: tuple[int, int] | None,
+) -> Media:
     sampling = {
         "content": _content_digest(path),
         "times_s": times_s,
-        "size": size,
-        "decoder": video.decoder_version(decoder),
+        "view": dataclasses.asdict(view),
+        "decoder": decoder,
     }
-    grid = (len(times_s) // layout.unit_frames, *frame_grid)
+    grid = (len(times_s) // view.unit_frames, *view.grid)
     return Media(
-        kind="video",
+        kind=kind,
         path=str(path),
         key=hashlib.sha256(json.dumps(sampling).encode()).hexdigest(),
         grid=grid,
+        view=view,
         times_s=times_s,
-        size=size,
         num_tokens=math.prod(grid),
-        offset=0,  # until its frames are laid out
+        offset=0,  # until its tokens are laid out
         unit_s=unit_s,
-        stored=(said.height, said.width) if layout.pixels else None,
+        stored=stored,
     )
 
 

@@ -42,7 +42,7 @@ class RefusedLog:
         row = {
             "step": step,
             "id": record.id if isinstance(record, Example) else record,
-            "video": record.video if isinstance(record, Example) else "",
+            "video": record.about if isinstance(record, Example) else "",
             "type": type(error).__name__,
             "kind": getattr(error, "kind", ""),
             "message": str(error),

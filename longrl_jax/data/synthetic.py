@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from longrl_jax.data import prompts
+from longrl_jax.data.longvideo_reason import to_record
 from longrl_jax.data.stories import (
     CHOICE_KINDS,
     COLORS,
@@ -40,7 +41,7 @@ from longrl_jax.data.stories import (
     lesson_told,
     make_story,
 )
-from longrl_jax.types import Example
+from longrl_jax.types import Example, MediaFile
 
 SPLITS = ("train", "validation")
 LESSONS = ("options", "told", "naming", "looking", "grounding")
@@ -134,10 +135,11 @@ def write_dataset(
         story, frames, asked = make_film(seed, split, index, num_frames, careful=careful)
         path = f"videos/{number:05d}.mp4"
         write_video(folder / path, frames)
-        records[split] += [dataclasses.replace(example, video=path) for example in asked]
+        film = (MediaFile(kind="video", path=path),)
+        records[split] += [dataclasses.replace(example, media=film) for example in asked]
         if lessons and split == "train":
             for name, lesson in make_film_lessons(story, seed, index):
-                records[name].append(dataclasses.replace(lesson, video=path))
+                records[name].append(dataclasses.replace(lesson, media=film))
     records |= make_text_lessons(seed, lessons)
     looking = records["looking"]
     mixed = [*looking, *records["told"][: len(looking) // 3], *records["train"][::2]]
@@ -308,7 +310,7 @@ def _inside(shape: str, at: tuple[float, float], radius: float) -> np.ndarray:
 def _write_records(path: Path, examples: Sequence[Example]) -> None:
     """Writes one JSON line a record, whole or not at all."""
     partial = path.with_suffix(".partial")
-    lines = [json.dumps(dataclasses.asdict(example)) + "\n" for example in examples]
+    lines = [json.dumps(to_record(example)) + "\n" for example in examples]
     partial.write_text("".join(lines), encoding="utf-8")
     os.replace(partial, path)
 

@@ -1,9 +1,9 @@
 """Video files: what a container says of itself, which times to look at, and the frames there.
 
-The one door to the decoders (PyAV and decord). Both are read through `read_frames`, which checks
-time stamps and turns whatever is wrong with a file into a VideoError. `DecoderPool` runs it in
-processes of its own. These run this file as a script, so it imports nothing of ours and little
-else: a process is ready in a fraction of a second and never touches a device.
+The one door to the decoders (PyAV and decord; Pillow for images, image.py). All are read through
+`read_frames`, which checks time stamps and turns whatever is wrong with a file into a VideoError.
+`DecoderPool` runs it in processes of its own. These run this file as a script, so it imports little
+and of ours image.py alone: a process is ready in a fraction of a second and touches no device.
 """
 
 import collections
@@ -15,17 +15,24 @@ import json
 import math
 import multiprocessing.connection
 import os
+import runpy
 import signal
 import socket
 import stat
 import subprocess
 import sys
 import traceback
+import types
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+if __name__ == "__main__":  # a decoder process: our packages would bring JAX
+    image: Any = types.SimpleNamespace(**runpy.run_path(f"{os.path.dirname(__file__)}/image.py"))
+else:
+    from longrl_jax.data import image
 
 MAX_FRAMES = 8192
 """Most frames of one video."""
@@ -43,6 +50,9 @@ KINDS: dict[str, str] = {
     "missing": "check data.root and the path in the record",
     "unreadable": "check that it is a whole video file that this user may read",
     "empty": "fetch the file again",
+    "no_image": "check that the record names a picture, or convert it to PNG",
+    "too_large": "scale the picture down",
+    "deep": "convert it to 8 bits a channel",
     "no_video": "leave the record out, or give it the file with the pictures",
     "no_duration": "rewrite the container: ffmpeg -i IN -c copy OUT.mp4",
     "unsupported_codec": "set data.decoder=pyav, or transcode the file to H.264",
@@ -100,7 +110,9 @@ class Job:
     size: tuple[int, int]
     """Height and width, in pixels, of the frames handed out."""
     decoder: str
-    """pyav or decord."""
+    """pyav or decord; image: the file is a picture, which every time shows."""
+    scales: tuple[tuple[int, int], ...] = ()
+    """types.View.scales of an image, whose tiles, one for every time, are handed out then."""
     stored: tuple[int, int] | None = None
     """Height and width, in pixels, that pictures must have before they are resized; None: any."""
 
@@ -127,8 +139,7 @@ class Failed:
 def probe(path: str | os.PathLike[str], *, decoder: str) -> Probe:
     """Reads the container, no pixels; raises VideoError for what cannot be read by `decoder`."""
     path = os.fspath(path)
-    if not stat.S_ISREG(_stat(path).st_mode):  # a pipe may never end, and nobody watches the time
-        raise _error("unreadable", path, "is not a regular file")
+    _check_file(path)
     with _open(path, decoder) as (container, stream):
         duration_s = _duration_s(container, stream)
         if duration_s <= 0:
@@ -139,6 +150,16 @@ def probe(path: str | os.PathLike[str], *, decoder: str) -> Probe:
         return Probe(
             duration_s=duration_s, num_frames=stream.frames, height=codec.height, width=codec.width
         )
+
+
+def probe_image(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Returns height and width of a picture, in pixels; raises VideoError."""
+    path = os.fspath(path)
+    _check_file(path)
+    try:
+        return image.probe(path)
+    except image.Unusable as error:
+        raise _error(error.args[0], path, error.args[1]) from error
 
 
 def frame_times(duration_s: float, *, num_frames: int, fps: float) -> tuple[float, ...]:
@@ -163,8 +184,10 @@ def frame_times(duration_s: float, *, num_frames: int, fps: float) -> tuple[floa
 
 def decoder_version(decoder: str) -> str:
     """Names all that pixels depend on besides the file and the job; for keys of stored features."""
-    _check_decoder(decoder)
-    packages = ("av" if decoder == "pyav" else decoder, "pillow")
+    packages = ["pillow"]
+    if decoder != "image":
+        _check_decoder(decoder)
+        packages.insert(0, "av" if decoder == "pyav" else decoder)
     versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
     return ", ".join([*versions, f"reader {READER_VERSION}"])
 
@@ -180,8 +203,13 @@ def read_frames(job: Job, *, chunk: int) -> Iterator[np.ndarray]:
 
     Raises VideoError. decord's and PyAV's frames are equal bit for bit, but for formats over 8 bit,
     where they blend colours at edges differently. What decord reports to have made up is refused.
+    Of a picture every time is the same; its tiles (Job.scales) take the times in turn.
     """
     assert job.times_s and list(job.times_s) == sorted(job.times_s) and chunk >= 1
+    if job.decoder == "image":
+        frames = _read_image(job)
+        yield from (frames[i : i + chunk] for i in range(0, len(frames), chunk))
+        return
     _check_decoder(job.decoder)
     read = _read_pyav if job.decoder == "pyav" else _read_decord
     batch: list[np.ndarray] = []
@@ -219,9 +247,12 @@ class DecoderPool:
         self._decoding = False
         self._finalizer = weakref.finalize(self, _stop, self._workers)  # at exit, too
 
-    def decode(self, jobs: Sequence[Job], *, chunk: int) -> Iterator[Chunk | Failed]:
+    def decode(
+        self, jobs: Sequence[Job], *, chunk: int | Sequence[int]
+    ) -> Iterator[Chunk | Failed]:
         """Yields the chunks of every job in order, those of several jobs interleaved.
 
+        chunk: most frames of one, for all jobs or for each.
         A process decodes one chunk ahead and then waits, so memory does not grow with the number
         of jobs. A file that hangs or crashes its process costs that process and nothing else.
         Leaving the loop early is fine; a second call may start when the first one has ended.
@@ -230,8 +261,9 @@ class DecoderPool:
             raise RuntimeError("this DecoderPool is decoding already; end or close that loop first")
         self._decoding = True
         waiting = collections.deque(enumerate(jobs))
+        chunks = [chunk] * len(jobs) if isinstance(chunk, int) else chunk
         try:
-            while busy := self._hand_out(waiting, jobs, chunk):
+            while busy := self._hand_out(waiting, chunks):
                 for connection in multiprocessing.connection.wait(list(busy)):
                     item = self._receive(busy[connection], jobs)
                     if item is not None:
@@ -251,7 +283,7 @@ class DecoderPool:
         self.close()
 
     def _hand_out(
-        self, waiting: "collections.deque[tuple[int, Job]]", jobs: Sequence[Job], chunk: int
+        self, waiting: "collections.deque[tuple[int, Job]]", chunks: Sequence[int]
     ) -> "dict[Any, _Worker]":
         """Gives jobs to idle processes, starts missing ones; returns the busy by connection."""
         while waiting:
@@ -261,7 +293,11 @@ class DecoderPool:
                     break
                 self._workers.append(worker := _start())
             job_index, job = waiting[0]
-            request = {"job": dataclasses.asdict(job), "chunk": chunk, "timeout_s": self.timeout_s}
+            request = {
+                "job": dataclasses.asdict(job),
+                "chunk": chunks[job_index],
+                "timeout_s": self.timeout_s,
+            }
             try:
                 worker.connection.send_bytes(json.dumps(request).encode())
             except OSError:  # it died while it had nothing to do: not this job's fault
@@ -343,9 +379,9 @@ def _serve(connection: multiprocessing.connection.Connection) -> None:
         except EOFError:
             return
         fields = request["job"]
-        stored = fields["stored"] and tuple(fields["stored"])
-        lists = {"times_s": tuple(fields["times_s"]), "size": tuple(fields["size"])}
-        job = Job(**fields | lists | {"stored": stored})
+        fields["scales"] = tuple(tuple(scale) for scale in fields["scales"])
+        lists = {name: tuple(fields[name]) for name in ("times_s", "size")}
+        job = Job(**fields | lists | {"stored": fields["stored"] and tuple(fields["stored"])})
         first = 0
         try:
             for frames in _timed(read_frames(job, chunk=request["chunk"]), request["timeout_s"]):
@@ -390,6 +426,15 @@ def _error(kind: str, path: str, what: str) -> VideoError:
 def _check_decoder(decoder: str) -> None:
     if decoder not in ("pyav", "decord"):
         raise ValueError(f"decoder={decoder!r} is unknown; choose one of decord, pyav")
+
+
+def _check_file(path: str) -> None:
+    """A pipe may never end, and where a file is probed nobody watches the time."""
+    info = _stat(path)
+    if not stat.S_ISREG(info.st_mode):
+        raise _error("unreadable", path, "is not a regular file")
+    if info.st_size == 0:
+        raise _error("empty", path, "has 0 bytes")
 
 
 def _stat(path: str) -> os.stat_result:
@@ -462,6 +507,18 @@ def _read_pyav(path: str, times_s: Sequence[float]) -> Iterator[np.ndarray]:
             if picture is None:
                 picture = np.rot90(shown.to_ndarray(format="rgb24"), round(shown.rotation / 90))
             yield picture
+
+
+def _read_image(job: Job) -> np.ndarray:
+    _check_file(job.path)
+    try:
+        tiles = image.read(job.path, size=job.size, scales=job.scales, stored=job.stored)
+    except image.Unusable as error:
+        raise _error(error.args[0], job.path, error.args[1]) from error
+    if not job.scales:
+        return np.repeat(tiles, len(job.times_s), axis=0)
+    assert len(tiles) == len(job.times_s), f"{job} has {len(tiles)} tiles"
+    return tiles
 
 
 def _keyframe_between(stream: Any, now_s: float, wish_s: float) -> bool:

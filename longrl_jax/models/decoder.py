@@ -380,7 +380,7 @@ def text_config(cfg: Config) -> Config:
     return cfg
 
 
-def video_layout(cfg: Config) -> None:
+def media_layout(cfg: Config) -> None:
     """A text-only model takes no video."""
 
 

@@ -22,7 +22,7 @@ from longrl_jax.models import decoder, hf_files
 from longrl_jax.models import qwen2_5_vision as vision
 from longrl_jax.models.weights import Param
 from longrl_jax.sharding import attend, constrain
-from longrl_jax.types import Media, VideoLayout
+from longrl_jax.types import Media, MediaLayout, View
 
 FOLDERS = ("",)
 """Sub-folders of a checkpoint that hold tensors."""
@@ -39,13 +39,17 @@ TOKEN_IDS = {
     "vision_end_token_id": "<|vision_end|>",
 }
 """Field of config.json -> token whose number it holds."""
-PROCESSORS = ("video_preprocessor_config.json", "preprocessor_config.json")
+IMAGE_PROCESSOR = "preprocessor_config.json"
+PROCESSORS = ("video_preprocessor_config.json", IMAGE_PROCESSOR)
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 """OpenAI CLIP's, as published."""
 MIN_PIXELS, MAX_PIXELS = 128 * 28 * 28, 768 * 28 * 28
-"""Of a film's frame: transformers' Qwen2VLVideoProcessor and qwen-vl-utils. Published
-preprocessor_config.json allow 16 times as many, which is meant for single images."""
+"""Of a film's frame: transformers' Qwen2VLVideoProcessor and qwen-vl-utils."""
+IMAGE_PIXELS = 4 * 28 * 28, 16384 * 28 * 28
+"""Fewest and most of an image: published preprocessor_config.json."""
+UNSAID_PIXELS = 4 * 28 * 28, 1280 * 28 * 28
+"""The same where the file does not say them: transformers' Qwen2VLImageProcessor."""
 MAX_ASPECT = 200
 ENCODER_VERSION = 1
 """Raise it when the same weights and frames would give other features."""
@@ -61,6 +65,8 @@ class Config:
     vision: vision.Config
     prefixes: tuple[str, str] = dataclasses.field(compare=False)  # names make no other model
     """PUBLISHED or RENAMED."""
+    image_pixels: tuple[int, int] = dataclasses.field(compare=False, default=IMAGE_PIXELS)
+    """Fewest and most pixels of an image, as the checkpoint's processor says it."""
 
 
 def read_config(folder: Path) -> Config:
@@ -68,9 +74,11 @@ def read_config(folder: Path) -> Config:
     cfg = parse_config(hf_files.read_json(folder / "config.json"), where=str(folder))
     for name in PROCESSORS:
         if (folder / name).is_file():
-            _check_processor(
-                hf_files.read_json(folder / name), cfg.vision, where=f"{folder}/{name}"
-            )
+            tree = hf_files.read_json(folder / name)
+            _check_processor(tree, cfg.vision, where=f"{folder}/{name}")
+            if name == IMAGE_PROCESSOR:
+                pixels = _image_pixels(tree, where=f"{folder}/{name}")
+                cfg = dataclasses.replace(cfg, image_pixels=pixels)
     if not list(folder.glob("*.safetensors")):
         return cfg
     renamed = any(name.startswith(RENAMED) for name in hf_files.open_tensors(folder))
@@ -137,16 +145,18 @@ class Model(nnx.Module):
         self,
         frames: UInt8[Array, "F Y X 3"],
         *,
+        view: View | None = None,
         stage: str,
         compute_dtype: DTypeLike = jnp.float32,
     ) -> Float[Array, "U n C"]:
         """Turns frames, two a unit, into rows of one media token each. An image is a unit of twice
         the same frame.
 
-        stage "packed": states of the last layer, merge x merge neighbours side by side;
-        "projected": those through the merger.
+        view: what they are of, which changes nothing here. stage "packed": states of the last
+        layer, merge x merge neighbours side by side; "projected": those through the merger.
         """
         _check_stage(stage)
+        assert view is None or view.unit_frames == self.cfg.vision.unit_frames, f"{view} of others"
         mean, std = (np.array(x, np.float32) for x in (IMAGE_MEAN, IMAGE_STD))
         pixels = (frames.astype(jnp.float32) / 255 - mean) / std
         x_UnC = vision.pack(self.vision(pixels.astype(compute_dtype)), merge=self.cfg.vision.merge)
@@ -220,17 +230,19 @@ def text_config(cfg: Config) -> decoder.Config:
     return cfg.text
 
 
-def video_layout(cfg: Config) -> VideoLayout:
-    """Says what frames become, so that prompts are laid out without the model."""
+def media_layout(cfg: Config) -> MediaLayout:
+    """Says what images and films become, so that prompts are laid out without the model."""
     side = cfg.vision.token_px
-    return VideoLayout(
+    return MediaLayout(
         image_size=(side, side),
         grid=(1, 1),
         media_token=TOKEN_IDS["video_token_id"],
+        image_token=TOKEN_IDS["image_token_id"],
         separator="",
         around=(TOKEN_IDS["vision_start_token_id"], TOKEN_IDS["vision_end_token_id"]),
         unit_frames=cfg.vision.unit_frames,
         pixels=(MIN_PIXELS, MAX_PIXELS),
+        image_pixels=cfg.image_pixels,
         resize=functools.partial(smart_resize, factor=side),
         positions=functools.partial(rope_positions, tokens_per_second=cfg.vision.tokens_per_second),
         media_apart=True,
@@ -247,7 +259,8 @@ def smart_resize(
     """
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise ValueError(
-            f"frames of {height} x {width} px are over {MAX_ASPECT} times as long as wide; cut them"
+            f"pictures of {height} x {width} px are over {MAX_ASPECT} times as long as wide; cut "
+            "them"
         )
     Y, X = round(height / factor) * factor, round(width / factor) * factor
     if max_pixels < Y * X:
@@ -292,8 +305,8 @@ def processor_config(cfg: Config) -> dict[str, Any]:
     return {
         "image_processor_type": "Qwen2VLImageProcessor",
         "processor_class": "Qwen2_5_VLProcessor",
-        "min_pixels": MIN_PIXELS,
-        "max_pixels": MAX_PIXELS,
+        "min_pixels": cfg.image_pixels[0],
+        "max_pixels": cfg.image_pixels[1],
         "patch_size": cfg.vision.patch_size,
         "temporal_patch_size": cfg.vision.unit_frames,
         "merge_size": cfg.vision.merge,
@@ -331,3 +344,19 @@ def _check_processor(tree: Mapping[str, Any], tower: vision.Config, *, where: st
     for name, value in wanted.items():
         if tree.get(name, value) != value:
             raise ValueError(f"{where}: {name}={tree[name]!r} is not supported, only {value!r} is")
+
+
+def _image_pixels(tree: Mapping[str, Any], *, where: str) -> tuple[int, int]:
+    """Reads an image processor's bounds, under the names of either generation."""
+    size = hf_files.part(tree, "size", where)
+    names = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
+    fewest, most = (
+        next((x for x in (tree.get(older), size.get(newer)) if x is not None), default)
+        for (older, newer), default in zip(names, UNSAID_PIXELS, strict=True)
+    )
+    if not (isinstance(fewest, int) and isinstance(most, int) and 1 <= fewest <= most):
+        raise ValueError(
+            f"{where}: images of min_pixels={fewest!r} to max_pixels={most!r} cannot be; write two "
+            "whole numbers"
+        )
+    return fewest, most

@@ -1,8 +1,8 @@
 """The VILA family: SigLIP tower, projector and decoder, with video tokens inside the prompt.
 
-Source: NVlabs/VILA llava/model (llava_arch.py, encoders/video/basic.py). Every frame of a video is
-n media tokens and one "\\n" token; the latter is an ordinary token of the prompt, looked up in the
-current table, so that it moves when the table is trained.
+Source: NVlabs/VILA llava/model (llava_arch.py, encoders/image/basic.py, encoders/video/basic.py).
+Every image and every frame is n media tokens and one "\\n" token; the latter is an ordinary token
+of the prompt, looked up in the current table, so that it moves when the table is trained.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from longrl_jax.models import decoder, hf_files, projector, siglip
 from longrl_jax.models.weights import Param
 from longrl_jax.sharding import attend, constrain
-from longrl_jax.types import VideoLayout
+from longrl_jax.types import MediaLayout, View
 
 FOLDERS = ("llm", "vision_tower", "mm_projector")
 """Sub-folders of a checkpoint that hold tensors."""
@@ -36,7 +36,7 @@ IGNORED = (
     ),
 )
 """Patterns of tensor names that we neither use nor change."""
-MEDIA_TOKEN = "<vila/video>"
+MEDIA_TOKEN, IMAGE_TOKEN = "<vila/video>", "<image>"
 SEPARATOR = "\n"
 ENCODER_VERSION = 1
 """Raise it when the same weights and frames would give other features."""
@@ -116,15 +116,19 @@ class Model(nnx.Module):
         self,
         frames: UInt8[Array, "F Y X 3"],
         *,
+        view: View | None = None,
         stage: str,
         compute_dtype: DTypeLike = jnp.float32,
     ) -> Float[Array, "F n C"]:
-        """Turns frames, resized to the tower's image size, into rows of one media token each.
+        """Turns pictures, resized to the tower's image size, into rows of one media token each.
 
-        stage "packed": states of the chosen tower layer, neighbours side by side;
-        "projected": those through the projector.
+        view: what they are of; None: frames. stage "packed": states of the chosen tower layer,
+        neighbours side by side; "projected": those through the projector.
         """
         _check_stage(stage)
+        assert view is None or (view.unit_frames == 1 and not view.scales), (
+            f"{view} is not of this layout"
+        )
         pixels = (frames.astype(jnp.float32) / 255 - 0.5) / 0.5  # SigLIP's preprocessing
         x_FnC = self.vision(pixels.astype(compute_dtype), num_layers=self.cfg.num_vision_layers)
         size = projector.pack_size(self.cfg.projector.kind)
@@ -201,12 +205,13 @@ def text_config(cfg: Config) -> decoder.Config:
     return cfg.text
 
 
-def video_layout(cfg: Config) -> VideoLayout:
-    """Says what a frame becomes, so that prompts are laid out without the model."""
-    return VideoLayout(
+def media_layout(cfg: Config) -> MediaLayout:
+    """Says what an image and a video become, so that prompts are laid out without the model."""
+    return MediaLayout(
         image_size=(cfg.vision.image_size, cfg.vision.image_size),
         grid=(cfg.side, cfg.side),
         media_token=MEDIA_TOKEN,
+        image_token=IMAGE_TOKEN,
         separator=SEPARATOR,
     )
 

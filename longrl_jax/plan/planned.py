@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from longrl_jax import encode, models
+from longrl_jax import models
 from longrl_jax.config import Config
 from longrl_jax.plan import bill, programs
 from longrl_jax.plan.compiled import Compiled, Tiles, compile_phase, tiles_of
@@ -93,7 +93,7 @@ def make(
         row_tokens=passes.tokens.shape[-1],
         num_rows=math.prod(passes.tokens.shape[:2]),
         num_passes=passes.tokens.shape[0],
-        chunk_frames=encode.chunk_sizes(mesh, unit_frames=row.unit_frames)[-1],
+        chunk_frames=traced["encode"].inputs.shape[0] if "encode" in traced else 0,
         tiles=tiles,
         resident=bill.Resident(
             trained=trained,

@@ -73,14 +73,14 @@ def row_of(cfg: Config, backbone: Any, model_cfg: Any) -> Row:
 
     A frame's time is counted as its UTF-8 bytes: a byte-level tokenizer makes no more tokens.
     """
-    layout = opened.video_layout(backbone, model_cfg, cfg.data)
+    layout = opened.media_layout(backbone, model_cfg, cfg.data)
     frame_tokens, unit_frames, rope_axes = 0, 1, 1
     if layout is not None:
         last_s = (cfg.data.num_frames - 1) / (cfg.data.fps or 1)
         stamp = cfg.data.timestamp.format(t=last_s) if cfg.data.timestamp else ""
-        frame_tokens = math.prod(layout.frame(*FILM)[1]) + bool(layout.separator)
-        frame_tokens += len(stamp.encode())
-        unit_frames = layout.unit_frames
+        view = layout.video(*FILM, cfg.data.num_frames)
+        frame_tokens = math.prod(view.grid) + bool(layout.separator) + len(stamp.encode())
+        unit_frames = view.unit_frames
         rope_axes = 1 if layout.positions is None else layout.positions(1, ())[0].shape[1]
     row = Row(
         num_frames=0 if layout is None else cfg.data.num_frames,
@@ -122,7 +122,7 @@ def abstract_policy(cfg: Config, mesh: Mesh) -> tuple[Policy, step.TrainState]:
         graphdef=graphdef,
         mesh=mesh,
         tokenizer=None,
-        layout=opened.video_layout(backbone, model_cfg, cfg.data),
+        layout=opened.media_layout(backbone, model_cfg, cfg.data),
         stage=models.feature_stage(cfg.model.frozen),
         banned_tokens=(STAND_IN_TOKEN,),
         stop_tokens=(),
@@ -178,7 +178,7 @@ def trace_all(
     phases = {}
     batch = on_mesh(policy, passes)
     if policy.layout is not None:
-        phases["encode"] = _encode(policy, state)
+        phases["encode"] = _encode(policy, state, row)
     if cfg.stage == "grpo":
         phases["embed"] = _embed(cfg, policy, state, row)
     logps_nBA = None
@@ -214,19 +214,18 @@ def on_mesh(policy: Policy, passes: Any) -> Any:
     )
 
 
-def _encode(policy: Policy, state: step.TrainState) -> Phase:
+def _encode(policy: Policy, state: step.TrainState, row: Row) -> Phase:
     """The tower on one chunk of frames."""
     assert policy.layout is not None
     run = encode.make_program(
         policy.graphdef, state.params, stage=policy.stage, dtype=policy.compute_dtype
     )
-    size, _ = policy.layout.frame(*FILM)
-    sizes = encode.chunk_sizes(policy.mesh, unit_frames=policy.layout.unit_frames)
-    shape = (sizes[-1], *size, 3)
+    view = policy.layout.video(*FILM, row.num_frames)
+    shape = (encode.chunk_sizes(policy.mesh, view)[-1], *view.size, 3)
     place = NamedSharding(policy.mesh, spec("frames", None, None, None))
     frames = jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=place)
     with jax.set_mesh(policy.mesh):
-        return Phase("encode", run.trace(state.frozen, frames), frames)
+        return Phase("encode", run.trace(state.frozen, frames, view), frames)
 
 
 def _embed(cfg: Config, policy: Policy, state: step.TrainState, row: Row) -> Phase:

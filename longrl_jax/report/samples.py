@@ -49,7 +49,7 @@ class Group:
     """Why there is no question; empty if there is one."""
     reference: str
     frames: list[tuple[str, str]]
-    """(data URI, time in the video)."""
+    """(data URI, time in the video or name of the image)."""
     missing_frames: str
     answers: list[Answer]
 
@@ -94,15 +94,25 @@ def frame_strip(
     height = min(FRAME_HEIGHT, about.height)
     size = height, max(1, round(about.width * height / about.height))
     job = video.Job(path=str(path), times_s=picked_s, size=size, decoder=decoder)
-    strip: list[tuple[str, str]] = []
+    return list(zip(_pictures(job, pool), map(_clock, picked_s), strict=True))
+
+
+def thumbnail(path: Path, *, pool: video.DecoderPool) -> tuple[str, str]:
+    """Returns an image as a data URI, and its name. Raises video.VideoError."""
+    about = video.probe_image(path)
+    height = min(FRAME_HEIGHT, about[0])
+    size = height, max(1, round(about[1] * height / about[0]))
+    job = video.Job(path=str(path), times_s=(0.0,), size=size, decoder="image")
+    return _pictures(job, pool)[0], path.name
+
+
+def _pictures(job: video.Job, pool: video.DecoderPool) -> list[str]:
+    pictures: list[str] = []
     for item in pool.decode([job], chunk=NUM_FRAMES):
         if isinstance(item, video.Failed):
             raise item.error
-        strip.extend(
-            (_jpeg(frame), _clock(time_s))
-            for frame, time_s in zip(item.frames, picked_s[item.first_frame :], strict=False)
-        )
-    return strip
+        pictures += map(_jpeg, item.frames)
+    return pictures
 
 
 def _ends(rows: Iterator[folders.Row]) -> list[tuple[str, list[folders.Row]]]:
@@ -177,18 +187,22 @@ def _group(
     pool: video.DecoderPool,
 ) -> Group:
     root = Path(str(run.setting("data.root")))
-    frames, missing_frames, missing_question = [], "", ""
+    frames: list[tuple[str, str]] = []
+    missing_frames, missing_question = "", ""
     if example is None:
         missing_question = f"The data set under {root} no longer has this record."
-    elif example.video:
+    for file in example.media if example else ():
         try:
-            frames = frame_strip(
-                root / example.video,
-                num_frames=int(run.setting("data.num_frames", 64)),
-                fps=float(run.setting("data.fps", 0.0)),
-                decoder=str(run.setting("data.decoder", "pyav")),
-                pool=pool,
-            )
+            if file.kind == "image":
+                frames.append(thumbnail(root / file.path, pool=pool))
+            else:
+                frames += frame_strip(
+                    root / file.path,
+                    num_frames=int(run.setting("data.num_frames", 64)),
+                    fps=float(run.setting("data.fps", 0.0)),
+                    decoder=str(run.setting("data.decoder", "pyav")),
+                    pool=pool,
+                )
         except (ValueError, TypeError) as error:  # VideoError, or a setting cut off in the file
             missing_frames = f"No frames: {error}"
     return Group(

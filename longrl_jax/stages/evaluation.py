@@ -191,7 +191,7 @@ def _row(
     return {
         "id": example.id,
         "kind": example.kind,
-        "video": example.video,
+        "video": example.about,
         "mode": mode,
         "sample": number,
         "answer": example.answer,

@@ -21,7 +21,7 @@ from longrl_jax.config import Config, DataConfig
 from longrl_jax.data import prompts
 from longrl_jax.optimizer import make_optimizer
 from longrl_jax.sharding import AXES, make_mesh, to_local, ulysses_size
-from longrl_jax.types import Prompt, VideoLayout
+from longrl_jax.types import MediaLayout, Prompt
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """One of them is in every folder with a tokenizer."""
@@ -43,7 +43,7 @@ class Policy:
     graphdef: nnx.GraphDef
     mesh: jax.sharding.Mesh
     tokenizer: Any
-    layout: VideoLayout | None
+    layout: MediaLayout | None
     """None: a text-only model."""
     stage: str
     """Deepest frozen stage of the media path, the one that the store keeps."""
@@ -73,7 +73,7 @@ def open_policy(cfg: Config, *, trains: bool = True) -> tuple[Policy, step.Train
         graphdef=graphdef,
         mesh=mesh,
         tokenizer=tokenizer,
-        layout=video_layout(backbone, model_cfg, cfg.data),
+        layout=media_layout(backbone, model_cfg, cfg.data),
         stage=models.feature_stage(cfg.model.frozen),
         banned_tokens=prompts.media_token_ids(tokenizer),
         stop_tokens=stop_tokens,
@@ -82,23 +82,27 @@ def open_policy(cfg: Config, *, trains: bool = True) -> tuple[Policy, step.Train
     return policy, state
 
 
-def video_layout(backbone: Any, model_cfg: Any, data: DataConfig) -> VideoLayout | None:
+def media_layout(backbone: Any, model_cfg: Any, data: DataConfig) -> MediaLayout | None:
     """Returns the backbone's layout with the config's bounds; refuses settings it cannot follow."""
-    layout = backbone.video_layout(model_cfg)
-    if data.min_pixels or data.max_pixels:
-        if layout is None or layout.pixels is None:
+    layout = backbone.media_layout(model_cfg)
+    for prefix in ("", "image_"):
+        field = f"{prefix}pixels"
+        fewest, most = getattr(data, f"{prefix}min_pixels"), getattr(data, f"{prefix}max_pixels")
+        if not fewest and not most:
+            continue
+        said = f"data.{prefix}min_pixels={fewest} and data.{prefix}max_pixels={most}"
+        own = layout and getattr(layout, field)
+        if not own:
             raise ValueError(
-                f"data.min_pixels={data.min_pixels} and data.max_pixels={data.max_pixels} are for "
-                "backbones whose frames have any size (Qwen2.5-VL); leave them 0"
+                f"{said} are for backbones whose pictures have any size (Qwen2.5-VL); leave them 0"
             )
-        fewest, most = layout.pixels
-        bounds = data.min_pixels or fewest, data.max_pixels or most
+        bounds = fewest or own[0], most or own[1]
         if bounds[0] > bounds[1] or bounds[1] < math.prod(layout.image_size):
             raise ValueError(
-                f"frames of {bounds[0]} to {bounds[1]} pixels cannot be (one token has "
-                f"{math.prod(layout.image_size)}); set data.min_pixels and data.max_pixels"
+                f"{said}: pictures of {bounds[0]} to {bounds[1]} pixels cannot be (one token has "
+                f"{math.prod(layout.image_size)}); set both"
             )
-        layout = dataclasses.replace(layout, pixels=bounds)
+        layout = dataclasses.replace(layout, **{field: bounds})
     if data.timestamp and layout is not None and layout.positions is not None:
         raise ValueError(
             f"data.timestamp={data.timestamp!r}: positions of this backbone hold frame times; "
@@ -207,7 +211,6 @@ def open_encoder(policy: Policy, state: step.TrainState) -> encode.Encoder | Non
             about=policy.backbone.stage_identity(policy.model_cfg, policy.stage),
             to_host=models.to_host,
         ),
-        unit_frames=policy.layout.unit_frames,
     )
 
 
@@ -216,7 +219,7 @@ def make_prompt_embedder(
 ) -> Callable[[step.TrainState], Inputs]:
     """Returns a function that makes, from the weights of a state, one that makes engine's inputs.
 
-    An input is [P, D] embeddings; where the engine takes media apart (VideoLayout.media_apart),
+    An input is [P, D] embeddings; where the engine takes media apart (MediaLayout.media_apart),
     tokens, with the media's embeddings beside them. Text rows come from the token table and, where
     the projector is trained, media rows from the projector of that very state; only the stored
     features below them are reused. All processes must call the function with a state; what it

@@ -21,7 +21,7 @@ from longrl_jax.data.refused import RefusedLog
 from longrl_jax.data.video import DecoderPool
 from longrl_jax.metrics import Phases
 from longrl_jax.stages.policy import Policy
-from longrl_jax.types import Example, Prompt
+from longrl_jax.types import Example, MediaFile, Prompt
 from rollout_bridge import VideoStore
 
 MAX_EMPTY_STEPS = 3
@@ -135,13 +135,13 @@ def prompt_encoder(
 
 
 def without_video(cfg: Config, policy: Policy, asked: Sequence[Prompt]) -> list[Prompt]:
-    """Returns the questions about videos with the video left out, and the words that ask to watch.
+    """Returns the questions about media with the media left out, and the words that ask to watch.
 
     Empty for a text-only model or data set. What a policy scores here it knows without looking.
     """
     encode_prompt = prompt_encoder(cfg, policy, num_samples=1)
     return [
-        encode_prompt(dataclasses.replace(prompt.example, video=""))
+        encode_prompt(dataclasses.replace(prompt.example, media=()))
         for prompt in asked
         if prompt.media
     ]
@@ -150,20 +150,32 @@ def without_video(cfg: Config, policy: Policy, asked: Sequence[Prompt]) -> list[
 def with_other_video(
     cfg: Config, policy: Policy, asked: Sequence[Prompt], refused: RefusedLog
 ) -> list[Prompt]:
-    """Returns the questions about videos, each asked of another question's film.
+    """Returns the questions about media, each asked of other questions' videos and images.
 
-    Which one is drawn by the seed; questions on one film share the other film, and a film is never
-    its own other, however many files hold it. Empty where there are fewer than two films. What no
-    longer fits (a longer film) is refused.
+    Which ones is drawn by the seed; questions on one film share the other film, and a film is never
+    its own other, however many files hold it. Questions with a medium of a kind that there are
+    fewer than two of are left out. What no longer fits (a longer film) is refused.
     """
-    films = {m.key: prompt.example.video for prompt in asked for m in prompt.media}
-    other = other_films(list(films), seed=cfg.seed)
+    other: dict[str, str] = {}
+    files: dict[str, MediaFile] = {}
+    for kind in ("image", "video"):
+        of_kind = {
+            medium.key: file
+            for prompt in asked
+            for medium, file in zip(prompt.media, prompt.example.media, strict=True)
+            if medium.kind == kind
+        }
+        files |= of_kind
+        other |= other_films(list(of_kind), seed=cfg.seed)
     encode_prompt = prompt_encoder(cfg, policy, num_samples=1)
     shown = []
     for prompt in asked:
-        if prompt.media and other:
-            video = films[other[prompt.media[0].key]]
-            example = dataclasses.replace(prompt.example, video=video)
+        if prompt.media and all(medium.key in other for medium in prompt.media):
+            media = tuple(
+                dataclasses.replace(file, path=files[other[medium.key]].path)
+                for medium, file in zip(prompt.media, prompt.example.media, strict=True)
+            )
+            example = dataclasses.replace(prompt.example, media=media)
             try:
                 shown.append(encode_prompt(example))
             except ValueError as error:

@@ -14,10 +14,10 @@ from longrl_jax.data.longvideo_reason import RecordError, open_records
 from longrl_jax.data.refused import RefusedLog
 from longrl_jax.data.stories import CHOICE_KINDS
 from longrl_jax.data.video import VideoError
-from longrl_jax.types import Example, Prompt, VideoLayout
+from longrl_jax.types import Example, MediaFile, MediaLayout, Prompt
 
 NUM_RECORDS = 10
-LAYOUT = VideoLayout(image_size=(8, 8), grid=(1, 2), media_token="<vila/video>", separator="\n")
+LAYOUT = MediaLayout(image_size=(8, 8), grid=(1, 2), media_token="<vila/video>", separator="\n")
 
 
 def numbered(example: Example) -> Prompt:
@@ -308,7 +308,9 @@ def test_every_refused_record_is_a_row_of_the_log(films, tmp_path):
 
 def test_a_log_that_is_opened_again_goes_on(tmp_path):
     path = tmp_path / "refused.jsonl"
-    example = Example(id="a", question="q ?", answer="A", video="v.mp4")
+    example = Example(
+        id="a", question="q ?", answer="A", media=(MediaFile(kind="video", path="v.mp4"),)
+    )
     for run in (1, 2):
         with RefusedLog(path) as log:
             log.add(example, ValueError("no"), step=run)

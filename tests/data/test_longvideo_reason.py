@@ -1,3 +1,4 @@
+import functools
 import json
 import pickle
 
@@ -5,8 +6,8 @@ import pytest
 
 from longrl_jax.config import pick
 from longrl_jax.data import SOURCES
-from longrl_jax.data.longvideo_reason import RecordError, open_records
-from longrl_jax.types import Example
+from longrl_jax.data.longvideo_reason import RecordError, open_records, to_record
+from longrl_jax.types import Example, MediaFile
 
 PLAIN = {"id": "a", "question": "what ?", "answer": "B", "video": "v.mp4"}
 PUBLISHED = {  # fields as on the data set's card; the words are ours
@@ -37,7 +38,7 @@ def test_reads_the_published_form(tmp_path):
         question="Why does he run?\nA. rain\nB. a dog",
         answer="B",
         kind="goal",
-        video="longvila_videos/x.mp4",
+        media=(MediaFile(kind="video", path="longvila_videos/x.mp4"),),
         reasoning="At 0:10 a dog appears.\nHe runs.",
     )
     assert write(tmp_path, PUBLISHED)[0] == want
@@ -45,12 +46,52 @@ def test_reads_the_published_form(tmp_path):
 
 def test_reads_the_plain_form(tmp_path):
     full = PLAIN | {"kind": "plot", "reasoning": "so it is"}
-    assert write(tmp_path, full)[0] == Example(**full)
+    want = Example(**without(full, "video"), media=(MediaFile(kind="video", path="v.mp4"),))
+    assert write(tmp_path, full)[0] == want
 
 
 @pytest.mark.parametrize("video", [{}, {"video": ""}, {"video": None}])
 def test_a_question_may_have_no_video(tmp_path, video):
-    assert write(tmp_path, without(PLAIN, "video") | video)[0].video == ""
+    assert write(tmp_path, without(PLAIN, "video") | video)[0].about == ""
+
+
+IMAGE, VIDEO = (functools.partial(MediaFile, kind=kind) for kind in ("image", "video"))
+PLACED = {
+    "several videos": (
+        {"videos": ["a.mp4", "b.mp4"]},
+        "which ?",
+        [VIDEO(path="a.mp4"), VIDEO(path="b.mp4")],
+    ),
+    "images stand before videos": (
+        {"video": "a.mp4", "images": ["b.png"]},
+        "which ?",
+        [IMAGE(path="b.png"), VIDEO(path="a.mp4")],
+    ),
+    "in the words": (
+        {"images": ["a.png", "b.png"], "question": "is <image> in\n<image>?"},
+        "is  in\n?",
+        [IMAGE(path="a.png", at=3), IMAGE(path="b.png", at=7)],
+    ),
+    "both in the words": (
+        {"image": "a.png", "videos": ["b.mp4"], "question": "<video><image>which ?"},
+        "which ?",
+        [VIDEO(path="b.mp4"), IMAGE(path="a.png")],
+    ),
+    "at the end": (
+        {"image": "a.png", "question": "what is this: <image>"},
+        "what is this: ",
+        [IMAGE(path="a.png", at=14)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_media_stand_where_the_question_says(tmp_path, name):
+    fields, question, media = PLACED[name]
+    example = write(tmp_path, {"id": "a", "question": "which ?", "answer": "B"} | fields)[0]
+    assert (example.question, example.media) == (question, tuple(media))
+    assert example.about == " + ".join(file.path for file in media)
+    assert write(tmp_path, to_record(example))[0] == example  # and back
 
 
 @pytest.mark.parametrize(
@@ -82,7 +123,23 @@ BAD = {
     "null question": (PLAIN | {"question": None}, ["question=None", "text"]),
     "true as id": (PLAIN | {"id": True}, ["id=True", "whole number"]),
     "half an id": (PLAIN | {"id": 0.5}, ["id=0.5", "whole number"]),
-    "list of videos": (PUBLISHED | {"videos": ["a.mp4"]}, ["videos=['a.mp4']", "text"]),
+    "number as video": (PLAIN | {"video": 4}, ["video=4", "a path, as text, or a list"]),
+    "list of numbers": (PUBLISHED | {"videos": ["a.mp4", 4]}, ["videos=['a.mp4', 4]", "list"]),
+    "nameless image": (PLAIN | {"images": [""]}, ["images=['']", "a path"]),
+    "two names of images": (PLAIN | {"image": "a", "images": ["b"]}, ["image and images", "keep"]),
+    "more media than places": (
+        PLAIN | {"question": "<image> or <image> ?", "images": ["a.png", "b.png", "c.png"]},
+        ["says <image> 2 times, but image names 3 files"],
+    ),
+    "a place for one kind only": (
+        PLAIN | {"question": "<image> ?", "image": "a.png"},
+        ["says <video> 0 times, but video names 1 files"],
+    ),
+    "a place without a file": (
+        without(PLAIN, "video") | {"question": "<video> ?"},
+        ["says <video> 1 times, but video names 0 files"],
+    ),
+    "nothing but media": (PLAIN | {"question": " <video> "}, ["question=' <video> '", "no words"]),
     "two names": (PLAIN | {"problem": "other ?"}, ["question and problem", "keep one"]),
     "open tag": (PLAIN | {"answer": "<answer>B"}, ["answer='<answer>B'", "</answer>"]),
     "two answers": (
@@ -90,10 +147,15 @@ BAD = {
         ["answer='<answer>A</answer><answer>B</answer>'"],
     ),
     "answer in the reasoning": (PLAIN | {"reasoning": "so <answer>B"}, ["reasoning=", "<think>"]),
-    "an image": (PUBLISHED | {"data_type": "image"}, ["data_type='image'", "video, text"]),
+    "audio": (PUBLISHED | {"data_type": "audio"}, ["data_type='audio'", "image, video, text"]),
+    "image without file": (PUBLISHED | {"data_type": "image"}, ["data_type='image'", "images"]),
     "video without file": (without(PUBLISHED, "videos"), ["data_type='video'", "videos"]),
     "absolute path": (PLAIN | {"video": "/etc/passwd"}, ["video='/etc/passwd'", "relative"]),
     "path above root": (PLAIN | {"video": "a/../../b.mp4"}, ["video='a/../../b.mp4'", "stays in"]),
+    "one path above root": (
+        PLAIN | {"images": ["a.png", "../b.png"]},
+        ["image='../b.png'", "stays in"],
+    ),
     "nul in a path": (PLAIN | {"video": "a\0.mp4"}, [r"video='a\x00.mp4'", "stays in"]),
 }
 
@@ -107,7 +169,13 @@ def test_a_bad_line_is_refused_by_name(tmp_path, name):
     assert caught.value.where == "train.jsonl:3"  # as an editor counts, the blank line too
     for piece in ["train.jsonl:3", *said]:
         assert piece in str(caught.value)
-    assert records[0] == records[2] == Example(**PLAIN)  # its neighbours are fine
+    assert (
+        records[0]
+        == records[2]
+        == Example(  # its neighbours are fine
+            id="a", question="what ?", answer="B", media=(MediaFile(kind="video", path="v.mp4"),)
+        )
+    )
 
 
 def test_a_long_value_is_cut_in_the_message(tmp_path):
@@ -124,8 +192,8 @@ def test_a_link_may_not_leave_the_root_but_may_stay_in_it(tmp_path):
     (root / "outside").symlink_to(elsewhere)
     lines = [PLAIN | {"video": f"{folder}/v.mp4"} for folder in ("inside", "outside")]
     records = write(root, *lines, PLAIN | {"video": "real/../v.mp4"})
-    assert records[0].video == "inside/v.mp4"
-    assert records[2].video == "real/../v.mp4"
+    assert records[0].about == "inside/v.mp4"
+    assert records[2].about == "real/../v.mp4"
     with pytest.raises(RecordError, match="outside/v.mp4.*links followed"):
         records[1]
 
@@ -140,7 +208,7 @@ def test_links_in_a_circle_are_refused(tmp_path):
 def test_a_root_that_is_a_link_itself_is_fine(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    assert write(tmp_path / "link", PLAIN)[0].video == "v.mp4"
+    assert write(tmp_path / "link", PLAIN)[0].about == "v.mp4"
 
 
 def test_random_access_equals_reading_the_file_line_by_line(tmp_path):

@@ -13,11 +13,18 @@ from tiny_tokenizer import make_tokenizer
 from longrl_jax.data import prompts, synthetic
 from longrl_jax.data.video import VideoError
 from longrl_jax.rewards import math_answer, video_qa
-from longrl_jax.types import Example, VideoLayout
+from longrl_jax.types import Example, MediaFile, MediaLayout
 
-LAYOUT = VideoLayout(image_size=(32, 32), grid=(2, 3), media_token="<vila/video>", separator="\n")
+LAYOUT = MediaLayout(image_size=(32, 32), grid=(2, 3), media_token="<vila/video>", separator="\n")
 TEXT = Example(id="q1", question="which pad ? red = A", answer="A", reasoning="t0 red circle .")
-FILM = dataclasses.replace(TEXT, video="film.mp4")
+FILM = dataclasses.replace(TEXT, media=(MediaFile(kind="video", path="film.mp4"),))
+
+
+def of(example, path):
+    """The same question about another film."""
+    return dataclasses.replace(example, media=(MediaFile(kind="video", path=path),))
+
+
 WITH_SYSTEM = (
     "{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}"
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
@@ -103,7 +110,7 @@ def test_the_records_of_a_video_question(encode, root):
     P = len(prompt.tokens)
     (medium,) = prompt.media
     assert (medium.kind, medium.path) == ("video", str(root / "film.mp4"))
-    assert medium.grid == (4, 2, 3) and medium.size == (32, 32)
+    assert medium.grid == (4, 2, 3) and medium.view.size == (32, 32)
     assert medium.times_s == (0, 16, 32, 48)  # 64 s in 4 slices
     assert prompt.example == FILM
     assert prompt.tokens.dtype == prompt.rope_pos.dtype == np.int32
@@ -157,7 +164,7 @@ def test_two_questions_on_one_video_share_it(encode):
 def test_the_key_says_everything_that_features_depend_on(encode, root, tmp_path):
     key = encode(FILM).media[0].key
     others = {
-        "content": encode(dataclasses.replace(FILM, video="other.mp4")),
+        "content": encode(of(FILM, "other.mp4")),
         "times": encode(FILM, num_frames=5),
         "size": encode(FILM, layout=dataclasses.replace(LAYOUT, image_size=(48, 32))),
         "decoder": encode(FILM, decoder="decord"),
@@ -165,7 +172,7 @@ def test_the_key_says_everything_that_features_depend_on(encode, root, tmp_path)
     keys = [key, *(prompt.media[0].key for prompt in others.values())]
     assert len(set(keys)) == len(keys)
     shutil.copy(root / "film.mp4", tmp_path / "renamed.mp4")
-    moved = encode(dataclasses.replace(FILM, video="renamed.mp4"), root=tmp_path)
+    moved = encode(of(FILM, "renamed.mp4"), root=tmp_path)
     assert moved.media[0].key == key
     assert encode(FILM, template="direct").media[0].key == key
 
@@ -219,7 +226,7 @@ def test_a_video_needs_a_model_that_sees_and_a_file(encode):
     with pytest.raises(ValueError, match=r"'q1' asks about 'film.mp4', but .* text only"):
         encode(FILM, layout=None)
     with pytest.raises(VideoError, match=r"gone\.mp4") as caught:
-        encode(dataclasses.replace(FILM, video="gone.mp4"))
+        encode(of(FILM, "gone.mp4"))
     assert caught.value.kind == "missing"
 
 

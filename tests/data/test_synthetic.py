@@ -226,7 +226,7 @@ def test_answers_can_be_read_off_the_films(folder):
     records = open_records(folder, "train.jsonl")
     for i in range(len(records)):
         example = records[i]
-        order, sides, goal, visits = watch(folder / example.video)
+        order, sides, goal, visits = watch(folder / example.about)
         if example.kind == "needle" and int(re.search(r"<(\d+)s>", example.question)[1]) not in (
             second for frames in visits.values() for second in frames
         ):
@@ -251,7 +251,7 @@ def test_only_the_last_scene_of_a_long_film_answers_its_questions(tmp_path):
     records = open_records(tmp_path / "long", "train.jsonl")
     right = collections.defaultdict(list)
     for film in range(2):
-        frames = decoded(tmp_path / "long" / records[film * len(KINDS)].video)
+        frames = decoded(tmp_path / "long" / records[film * len(KINDS)].about)
         assert len(frames) == 3 * 60 * FPS
         start = len(frames) - NUM_FRAMES
         for begin in range(start % NUM_FRAMES, len(frames), NUM_FRAMES):
@@ -320,7 +320,7 @@ def test_text_lessons_can_be_answered_from_their_text(folder):
         example = options_of[i]
         listed, _, wanted = example.question.partition(" ? ")[2].partition(" find ")
         found = dict(OPTION.findall(listed))
-        assert example.answer == found[wanted] and not example.video
+        assert example.answer == found[wanted] and not example.about
         said = dict(OPTION.findall(example.reasoning))
         assert said == found and list(said)[-1] == wanted
         example = told_of[i]
@@ -331,7 +331,7 @@ def test_text_lessons_can_be_answered_from_their_text(folder):
             example, kind=kind, question=example.question.partition("pad. ")[2]
         )
         want = told(asked, list(sides), sides, goal, {})
-        assert given(asked) == want and not example.video
+        assert given(asked) == want and not example.about
 
 
 def test_letters_are_balanced_in_every_kind_and_clip(folder):
@@ -343,7 +343,7 @@ def test_letters_are_balanced_in_every_kind_and_clip(folder):
     by_film = collections.defaultdict(set)
     for example in examples:
         if example.kind in CHOICE_KINDS:
-            by_film[example.video].add(example.answer)
+            by_film[example.about].add(example.answer)
     assert all(letters == set("ABCD") for letters in by_film.values())
 
 
@@ -368,7 +368,7 @@ def test_the_options_alone_say_nothing():
 def test_the_splits_share_no_film(folder):
     splits = [open_records(folder, f"{split}.jsonl") for split in ("train", "validation")]
     assert [len(split) for split in splits] == [CLIPS * len(KINDS), VALIDATION * len(KINDS)]
-    files = [{split[i].video for i in range(len(split))} for split in splits]
+    files = [{split[i].about for i in range(len(split))} for split in splits]
     assert [len(names) for names in files] == [CLIPS, VALIDATION]
     contents = [hashlib.sha256((folder / name).read_bytes()).digest() for name in set.union(*files)]
     assert len(set(contents)) == CLIPS + VALIDATION == len(list((folder / "videos").iterdir()))
@@ -408,9 +408,9 @@ def test_held_out_films_do_not_depend_on_the_number_of_others(folder, tmp_path):
     synthetic.write_dataset(tmp_path / "less", clips=1, validation=VALIDATION, seed=SEED)
     less, more = (open_records(f, "validation.jsonl") for f in (tmp_path / "less", folder))
     for i in range(len(less)):
-        assert dataclasses.replace(less[i], video=more[i].video) == more[i]
-        assert (tmp_path / "less" / less[i].video).read_bytes() == (
-            folder / more[i].video
+        assert dataclasses.replace(less[i], media=more[i].media) == more[i]
+        assert (tmp_path / "less" / less[i].about).read_bytes() == (
+            folder / more[i].about
         ).read_bytes()
 
 

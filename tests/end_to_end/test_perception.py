@@ -11,7 +11,7 @@ from longrl_jax import convert, models
 from longrl_jax.data import synthetic
 from longrl_jax.data.stories import COLORS
 from longrl_jax.stages import perception
-from longrl_jax.types import Example, Media, Prompt
+from longrl_jax.types import Example, Media, Prompt, View
 
 NUM_STEPS = 100
 
@@ -76,7 +76,7 @@ def test_labels_stand_at_their_frames_and_padding_has_none():
     )
     medium = Media(
         kind="video", path="film.mp4", key="k", grid=(3, 1, 2), times_s=(0.0, 1.0, 2.0),
-        size=(2, 4), num_tokens=6, offset=0,
+        view=View(size=(2, 4), grid=(1, 2)), num_tokens=6, offset=0,
     )  # fmt: skip
     prompt = Prompt(
         example=example, tokens=np.zeros(9, np.int32), is_media=np.arange(9) < 6,

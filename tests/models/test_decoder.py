@@ -287,7 +287,7 @@ def test_a_text_model_takes_no_features(pair):
     tokens = jnp.zeros((1, 4), jnp.int32)
     with pytest.raises(ValueError, match="no media features"):
         model.embed(tokens, tokens > 0, jnp.zeros((1, 4, 8)))
-    assert decoder.video_layout(cfg) is None
+    assert decoder.media_layout(cfg) is None
 
 
 @families

@@ -30,7 +30,7 @@ from tiny_qwen2_5_vl import (
 
 from longrl_jax import models
 from longrl_jax.models import qwen2_5_vl, weights
-from longrl_jax.types import Media
+from longrl_jax.types import Media, View
 
 ATOL = 2e-5  # float32 sums of up to 192 products, in another order; features are of order 1
 LOGITS_ATOL = 1e-4  # through two more layers and the head; logits are of order 10
@@ -42,7 +42,7 @@ START, END = IDS["vision_start_token_id"], IDS["vision_end_token_id"]
 
 def medium(kind, grid, *, unit_s=1.0, offset=0) -> Media:
     return Media(
-        kind=kind, path="", key="", grid=grid, times_s=(), size=(0, 0),
+        kind=kind, path="", key="", grid=grid, times_s=(), view=View(size=(0, 0), grid=grid[1:]),
         num_tokens=math.prod(grid), offset=offset, unit_s=unit_s,
     )  # fmt: skip
 

@@ -214,7 +214,7 @@ def test_mesh_changes_neither_features_nor_embeddings(pair, rng, shape):
 @one_kind
 def test_layout_says_what_encode_makes(pair, frames):
     _, cfg, model, _, _ = pair
-    layout = vila.video_layout(cfg)
+    layout = vila.media_layout(cfg)
     assert (layout.image_size, layout.grid) == ((32, 32), (2, 2))
     assert (layout.media_token, layout.separator) == ("<vila/video>", "\n")
     assert model.encode(jnp.asarray(frames), stage="packed").shape[1] == np.prod(layout.grid)

@@ -17,7 +17,7 @@ import rollout_bridge
 from longrl_jax import convert, models, step
 from longrl_jax.batching import make_batch
 from longrl_jax.config import RolloutConfig
-from longrl_jax.types import Example, Media, Prompt, Rollout
+from longrl_jax.types import Example, Media, Prompt, Rollout, View
 from rollout_bridge import EngineMedia, MediaPrompt, engines, weight_sync
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +101,7 @@ class World:
         from longrl_jax.data import prompts
 
         self.cfg, self.model = models.load(folder)
-        self.layout = models.backbone_of(folder).video_layout(self.cfg)
+        self.layout = models.backbone_of(folder).media_layout(self.cfg)
         tokenizer = prompts.load_tokenizer(folder)
         self.banned = prompts.media_token_ids(tokenizer)
         vocabulary = tokenizer.get_vocab()
@@ -123,7 +123,7 @@ class World:
                     key=str(self.rng.integers(2**40)),
                     grid=grid,
                     times_s=(),
-                    size=(0, 0),
+                    view=View(size=(0, 0), grid=grid[1:]),
                     num_tokens=math.prod(grid),
                     offset=len(tokens),
                     unit_s=unit_s,
