@@ -203,6 +203,7 @@ def check_names(cfg: config.Config) -> None:
     config.pick(data.SOURCES, cfg.data.source, "data.source")
     config.pick(advantages.ADVANTAGES, cfg.algorithm.advantage, "algorithm.advantage")
     config.pick(losses.LOSSES, cfg.algorithm.loss, "algorithm.loss")
+    config.pick(losses.MEANS, cfg.algorithm.loss_mean, "algorithm.loss_mean")
     config.pick(losses.KL_ESTIMATORS, cfg.algorithm.kl_estimator, "algorithm.kl_estimator")
     for name in cfg.rewards:
         config.pick(rewards.REWARDS, name, "rewards")

@@ -9,13 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from longrl_jax.config import pick
-from longrl_jax.rewards import video_qa
+from longrl_jax.rewards import overlong, video_qa
 from longrl_jax.types import Scored
 
 Parts = Mapping[str, float]
 Reward = Callable[[Sequence[Scored]], Sequence[Parts | None]]
 
-REWARDS: dict[str, Reward] = {"video_qa": video_qa.reward}
+REWARDS: dict[str, Reward] = {
+    "video_qa": video_qa.reward,
+    "video_accuracy": video_qa.accuracy,
+    "overlong": overlong.reward,
+}
 
 
 def score(items: Sequence[Scored], weights: Mapping[str, float]) -> list[Parts | None]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from longrl_jax import batching, processes, step
 from longrl_jax.config import Config, pick
-from longrl_jax.losses import KL_ESTIMATORS, LOSSES, nll
+from longrl_jax.losses import KL_ESTIMATORS, LOSSES, MEANS, nll
 from longrl_jax.optimizer import make_optimizer
 from longrl_jax.sharding import attend
 from longrl_jax.stages.policy import Policy
@@ -85,14 +85,16 @@ def make_grpo_update(cfg: Config, policy: Policy, state: step.TrainState) -> ste
         clip_high=algorithm.clip_high,
         clip_dual=algorithm.clip_dual,
     )
+    mean = pick(MEANS, algorithm.loss_mean, "algorithm.loss_mean")
     return step.make_train_step(
         make_token_logps(cfg, policy, temperature=cfg.rollout.temperature),
         loss,
         make_optimizer(cfg.optimizer, cfg.run.num_steps),
         shardings=step.state_shardings(state),
         mesh=policy.mesh,
-        kl=algorithm.kl,
+        kl=algorithm.kl if algorithm.kl_in == "loss" else 0.0,
         kl_estimator=pick(KL_ESTIMATORS, algorithm.kl_estimator, "algorithm.kl_estimator"),
+        mean=functools.partial(mean, max_tokens=cfg.rollout.max_tokens),
     )
 
 
