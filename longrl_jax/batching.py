@@ -215,6 +215,32 @@ def place(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
     return jax.tree.map(put, batch, shardings(batch, mesh))
 
 
+def local_rows(x_nBA: jax.Array) -> np.ndarray:
+    """Returns the rows that this process has placed of an array of passes (dim 1), as `place` takes
+    them. They lie next to each other, each whole, on its own devices."""
+    spans = [shard.index[1].indices(x_nBA.shape[1]) for shard in x_nBA.addressable_shards]
+    first, last = min(start for start, _, _ in spans), max(stop for _, stop, _ in spans)
+    mine = np.empty((len(x_nBA), last - first, *x_nBA.shape[2:]), x_nBA.dtype)
+    for shard, (start, stop, _) in zip(x_nBA.addressable_shards, spans, strict=True):
+        passes, _, *rest = shard.index
+        mine[(passes, slice(start - first, stop - first), *rest)] = shard.data
+    return mine
+
+
+def with_advantages(
+    batch: Batch, index: Index, advantages: Sequence[Sequence[np.ndarray]]
+) -> Batch:
+    """Returns placed passes with another advantage of every token: [rollout][sample] -> [n]."""
+    mine = np.zeros_like(local_rows(batch.advantage))
+    flat = mine.reshape(-1, mine.shape[-1])
+    for row, samples, values in zip(index.rows, index.slots, advantages, strict=True):
+        for slots, value in zip(samples, values, strict=True):
+            flat[row, slots] = value
+    where = batch.advantage.sharding
+    placed = jax.make_array_from_process_local_data(where, mine, batch.advantage.shape)
+    return dataclasses.replace(batch, advantage=placed)
+
+
 def shardings(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
     """Returns where `place` puts every array of a batch (its leaves may be shapes alone)."""
     lead = (None,) * (batch.tokens.ndim - 2)

@@ -517,6 +517,12 @@ class Config:
                 f"rollout.num_samples * rollout.max_tokens = {answers} answer tokens leave no room "
                 f"for a prompt in batch.max_row_tokens={self.batch.max_row_tokens}; raise that"
             )
+        metric = self.algorithm.filter_by
+        if metric not in ("", "total") and metric.partition("/")[0] not in self.rewards:
+            raise ValueError(
+                f"algorithm.filter_by={metric!r} is of no reward of this run; name total, or a "
+                f"part <reward>/<part> of one of {', '.join(sorted(self.rewards))}"
+            )
         if not self.rewards:
             raise ValueError("rewards is empty; name at least one, e.g. rewards: {video_qa: 1.0}")
         if self.stage == "grpo" and "overlong" in self.rewards and not self.rollout.overlong_tokens:
