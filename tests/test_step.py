@@ -347,6 +347,8 @@ def test_other_means_are_of_all_passes_and_devices(mean):
     assert answers == 14 and clips
     np.testing.assert_allclose(want[1], total / answers, rtol=1e-4)
     assert stats["clip_fraction"][0] == clips
+    if mean == "fixed":  # counts answers as the other does
+        return
     mesh = make_mesh(fsdp=2, seq=4)
     state, _, train_step = make_trainer(mesh, loss=loss, mean=mean)
     passes, old = make_passes(rows_per_pass=4, num_shards=4, mesh=mesh)

@@ -37,8 +37,8 @@ def training(
     count = cfg.run.num_steps - first_step
     with contextlib.closing(
         slices(cfg, policy, refused.add, first=first_step, count=count)
-    ) as all_:
-        yield from enumerate(all_, start=first_step + 1)
+    ) as stream:
+        yield from enumerate(stream, start=first_step + 1)
 
 
 def slices(

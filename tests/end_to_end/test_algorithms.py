@@ -13,6 +13,7 @@ from longrl_jax.stages import grpo, sampling, saving
 MAX_GAP = 1e-4  # as in test_loop.py
 R, GROUPS = 2, 4
 SMALL = (
+    "mesh={fsdp: 2, simulated: true}",
     f"rollout={{num_samples: {R}, dtype: float32, max_tokens: 12, max_model_len: 256, "
     "overlong_tokens: 12}",
     f"batch={{groups: {GROUPS}, max_row_tokens: 512, smallest_bucket: 128}}",
@@ -25,7 +26,7 @@ DAPO = (
     *SMALL,
     "rewards={parity: 1.0, overlong: 0.5}",
     "algorithm={clip_high: 0.28, filter_by: parity/odd, max_tries: 4}",
-    "run.num_steps=3",
+    "run.num_steps=2",
 )
 
 
