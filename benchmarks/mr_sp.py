@@ -252,7 +252,7 @@ class Bench:
         self.rows, self.norms = {}, []
         for side in SIDES.values():
             n = R if side.copies else 1
-            self.rows[side.copies, side.split] = update.make_passes(
+            self.rows[side.copies, side.split], _ = update.make_passes(
                 on(side, self.cfg, devices=TIMED_DEVICES, bucket=TIMED_BUCKET),
                 self.learners[side.split].policy,
                 groups(self.prompt, np.random.default_rng(0), n),

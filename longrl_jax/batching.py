@@ -20,7 +20,7 @@ from longrl_jax.sharding import spec
 from longrl_jax.types import Batch, Prompt, Rollout
 
 TOKEN_FIELDS = ("tokens", "is_media", "order", "branch", "segment", "rope_pos")
-SLOT_FIELDS = ("targets", "loss_mask", "advantage", "engine_logps")
+SLOT_FIELDS = ("targets", "loss_mask", "sequence", "advantage", "engine_logps")
 DTYPES: dict[str, Any] = dict.fromkeys((*TOKEN_FIELDS, *SLOT_FIELDS), np.int32) | {
     "is_media": bool,
     "loss_mask": bool,
@@ -37,6 +37,8 @@ class RowShape:
     """Most tokens of a row's shared prefixes."""
     branch_tokens: int = 0
     """Most tokens of a row's branches."""
+    num_sequences: int = 0
+    """Most samples of a row."""
     rope_dims: tuple[int, ...] = ()
     """Of a token's rope_pos: () or (3,)."""
     width: int = 0
@@ -89,7 +91,7 @@ def make_batch(
     rollouts: Sequence[Rollout],
     *,
     features: Sequence[np.ndarray | None],
-    advantages: Sequence[Float[np.ndarray, " R"]],
+    advantages: Sequence[Float[np.ndarray, " R"] | Sequence[np.ndarray]],
     num_rows: int,
     num_shards: int,
     smallest_bucket: int,
@@ -103,10 +105,11 @@ def make_batch(
 
     features: for each rollout the stored rows of its media tokens, in order [M, C]. Rollouts with
     the same media share their common prefix in one segment where share_videos and that saves
-    tokens (worth it where fewer tokens in all mean fewer rows); up to
-    groups_per_row segments share a row. Both parts of a row (prefixes, branches) are padded to
-    `bucket`s, so that few shapes occur. `order` is a name in ORDERS. agree: where other processes
-    hold rows of the same step, returns a shape that fits all; there may be no rollouts here then.
+    tokens (worth it where fewer tokens in all mean fewer rows); up to groups_per_row segments
+    share a row. advantages: of every sample a number, or an array of one for each of its tokens.
+    Both parts of a row (prefixes, branches) are padded to `bucket`s, so that few shapes occur.
+    `order` is a name in ORDERS. agree: where other processes hold rows of the same step, returns a
+    shape that fits all; there may be no rollouts here then.
     """
     place_in = pick(ORDERS, order, "order")
     if not rollouts and agree is None:
@@ -151,7 +154,10 @@ def make_batch(
             of_rollout[i] = b, [at_a[slots] for slots in predicting]
     where = [of_rollout[i] for i in range(len(rollouts))]
     index = Index(rows=tuple(b for b, _ in where), slots=tuple(tuple(s) for _, s in where))
-    return Batch(**arrays, features=stored, num_shards=num_shards), index
+    batch = Batch(
+        **arrays, features=stored, num_shards=num_shards, num_sequences=shape.num_sequences
+    )
+    return batch, index
 
 
 def common_shape(shapes: Sequence[RowShape]) -> RowShape:
@@ -163,6 +169,7 @@ def common_shape(shapes: Sequence[RowShape]) -> RowShape:
     return RowShape(
         prefix_tokens=max(shape.prefix_tokens for shape in shapes),
         branch_tokens=max(shape.branch_tokens for shape in shapes),
+        num_sequences=max(shape.num_sequences for shape in shapes),
         rope_dims=max(shape.rope_dims for shape in shapes),
         width=width,
         dtype=dtype,
@@ -208,6 +215,32 @@ def place(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
     return jax.tree.map(put, batch, shardings(batch, mesh))
 
 
+def local_rows(x_nBA: jax.Array) -> np.ndarray:
+    """Returns the rows that this process has placed of an array of passes (dim 1), as `place` takes
+    them. They lie next to each other, each whole, on its own devices."""
+    spans = [shard.index[1].indices(x_nBA.shape[1]) for shard in x_nBA.addressable_shards]
+    first, last = min(start for start, _, _ in spans), max(stop for _, stop, _ in spans)
+    mine = np.empty((len(x_nBA), last - first, *x_nBA.shape[2:]), x_nBA.dtype)
+    for shard, (start, stop, _) in zip(x_nBA.addressable_shards, spans, strict=True):
+        passes, _, *rest = shard.index
+        mine[(passes, slice(start - first, stop - first), *rest)] = shard.data
+    return mine
+
+
+def with_advantages(
+    batch: Batch, index: Index, advantages: Sequence[Sequence[np.ndarray]]
+) -> Batch:
+    """Returns placed passes with another advantage of every token: [rollout][sample] -> [n]."""
+    mine = np.zeros_like(local_rows(batch.advantage))
+    flat = mine.reshape(-1, mine.shape[-1])
+    for row, samples, values in zip(index.rows, index.slots, advantages, strict=True):
+        for slots, value in zip(samples, values, strict=True):
+            flat[row, slots] = value
+    where = batch.advantage.sharding
+    placed = jax.make_array_from_process_local_data(where, mine, batch.advantage.shape)
+    return dataclasses.replace(batch, advantage=placed)
+
+
 def shardings(batch: Batch, mesh: jax.sharding.Mesh) -> Batch:
     """Returns where `place` puts every array of a batch (its leaves may be shapes alone)."""
     lead = (None,) * (batch.tokens.ndim - 2)
@@ -250,7 +283,7 @@ ORDERS: dict[str, Callable[[np.ndarray, int, int], np.ndarray]] = {
 def _check(
     rollouts: Sequence[Rollout],
     features: Sequence[np.ndarray | None],
-    advantages: Sequence[np.ndarray],
+    advantages: Sequence[Float[np.ndarray, " R"] | Sequence[np.ndarray]],
     max_row_tokens: int,
 ) -> None:
     for rollout, rows, advantage in zip(rollouts, features, advantages, strict=True):
@@ -334,10 +367,11 @@ def _pack(
 def _row(
     segments: Sequence[Sequence[int]],
     rollouts: Sequence[Rollout],
-    advantages: Sequence[np.ndarray],
+    advantages: Sequence[Float[np.ndarray, " R"] | Sequence[np.ndarray]],
 ) -> tuple[Columns, Columns, dict[int, list[np.ndarray]]]:
     """Returns the prefixes and branches of a row, and {rollout: [answer slots of each sample]}."""
-    prefixes, branches = [], []
+    prefixes: list[Columns] = []
+    branches: list[Columns] = []
     samples: dict[int, list[np.ndarray]] = {}
     used = 0
     for number, segment in enumerate(segments, start=1):
@@ -351,6 +385,7 @@ def _row(
                 piece = _branch(rollouts[i], i, r, advantages[i][r], length)
                 piece |= {"branch": np.full(len(piece["tokens"]), branch)}
                 piece |= {"segment": np.full(len(piece["tokens"]), number)}
+                piece |= {"sequence": np.full(len(piece["tokens"]), len(branches))}
                 branches.append(piece)
                 samples[i].append(used + np.flatnonzero(piece["loss_mask"]))
                 used += len(piece["tokens"])
@@ -370,7 +405,9 @@ def _prefix(prompt: Prompt, rollout: int, length: int, segment: int) -> Columns:
     }
 
 
-def _branch(rollout: Rollout, i: int, r: int, advantage: float, length: int) -> Columns:
+def _branch(
+    rollout: Rollout, i: int, r: int, advantage: float | np.ndarray, length: int
+) -> Columns:
     """The tail of the prompt and sample r but its last token; each predicts the token after it."""
     prompt, sample = rollout.prompt, rollout.samples[r]
     tail, num_tokens = len(prompt.tokens) - length, len(sample.tokens)
@@ -380,8 +417,9 @@ def _branch(rollout: Rollout, i: int, r: int, advantage: float, length: int) -> 
         following = np.repeat(following[:, None], prompt.rope_pos.shape[1], axis=1)
     text = np.concatenate([prompt.tokens[length:], sample.tokens])
     predicts = np.arange(num_inputs) >= tail - 1  # the others predict tokens of the prompt
-    logps = np.zeros(num_inputs, np.float32)
+    logps, worth = np.zeros((2, num_inputs), np.float32)
     logps[predicts] = sample.logps
+    worth[predicts] = advantage
 
     def extended(values: np.ndarray, fill: Any) -> np.ndarray:
         return np.concatenate([values[length:], np.full(max(num_tokens - 1, 0), fill)])[:num_inputs]
@@ -395,7 +433,7 @@ def _branch(rollout: Rollout, i: int, r: int, advantage: float, length: int) -> 
         "feature_row": extended(_feature_rows(prompt), -1),
         "targets": np.where(predicts, text[1 : num_inputs + 1], 0),
         "loss_mask": predicts,
-        "advantage": np.where(predicts, np.float32(advantage), 0),
+        "advantage": worth,
         "engine_logps": logps,
     }
 
@@ -423,8 +461,12 @@ def _shape(
     known = [(x.shape[1], str(x.dtype)) for x in features if x is not None]
     kinds = [RowShape(width=width, dtype=dtype) for width, dtype in known]
     rows = [
-        RowShape(prefix_tokens=len(prefixes["tokens"]), branch_tokens=len(branches["tokens"]))
-        for prefixes, branches, _ in pieces
+        RowShape(
+            prefix_tokens=len(prefixes["tokens"]),
+            branch_tokens=len(branches["tokens"]),
+            num_sequences=sum(map(len, samples.values())),
+        )
+        for prefixes, branches, samples in pieces
     ]
     dims = [RowShape(rope_dims=rollout.prompt.rope_pos.shape[1:]) for rollout in rollouts]
     return common_shape([RowShape(), *kinds, *rows, *dims])

@@ -272,6 +272,8 @@ class RolloutConfig:
     """Of sampling; the learner divides its logits by the same number."""
     max_tokens: int = 64
     """Longest answer, in tokens."""
+    overlong_tokens: int = 0
+    """For the reward `overlong`: it falls from 0 to -1 over the last so many of max_tokens."""
     replicas: int = 1
     """Engines that share a step's prompts; a group never splits."""
     tensor_parallel: int = 1
@@ -311,6 +313,11 @@ class RolloutConfig:
             )
         if self.python and self.process == "inline":
             raise ValueError(f"rollout.python={self.python!r} needs rollout.process=worker")
+        if not 0 <= self.overlong_tokens <= self.max_tokens:
+            raise ValueError(
+                f"rollout.overlong_tokens={self.overlong_tokens} must be 0 to rollout.max_tokens="
+                f"{self.max_tokens}"
+            )
         if self.max_tokens >= self.max_model_len:
             raise ValueError(
                 f"rollout.max_tokens={self.max_tokens} leaves no room for a prompt in "
@@ -320,29 +327,70 @@ class RolloutConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig:
-    """Names in ADVANTAGES, LOSSES and KL_ESTIMATORS, and their numbers."""
+    """Names in ADVANTAGES, LOSSES, MEANS and KL_ESTIMATORS, and their numbers."""
 
     advantage: str = "grpo"
+    """What a reward is compared with. grpo: the mean of its group, over the group's deviation.
+    dr_grpo: the mean alone. rloo: the mean of the group's others. reinforce_plus_plus: the mean and
+    deviation of all tokens of the step. reinforce_plus_plus_baseline: the same, after the mean of
+    the group is taken away."""
     loss: str = "clipped"
+    """clipped: PPO's, by token. gspo: the same with the ratio of the whole answer (no dual clip).
+    cispo: log p times the clipped ratio, whose gradient is stopped; every token has a gradient."""
+    loss_mean: str = "token"
+    """Over all passes of a step. token: every token counts the same (DAPO). sequence: every answer
+    does, whatever its length (GRPO, GSPO). fixed: tokens over answers * rollout.max_tokens
+    (Dr.GRPO)."""
     clip_low: float = 0.2
     """Lower clip of the probability ratio: 1 - clip_low. While a step is one update, the ratio is 1
     and none of the three clips has an effect."""
     clip_high: float = 0.2
     """Upper clip of the probability ratio: 1 + clip_high."""
     clip_dual: float = 3.0
-    """Bound on the loss of a token with negative advantage (dual clip)."""
+    """Bound on the loss of a token with negative advantage (dual clip of loss=clipped)."""
     kl: float = 0.0
-    """Weight of the KL term to the reference; 0 loads no reference."""
+    """Weight of the KL term to the reference; 0 loads no reference and computes none."""
     kl_estimator: str = "low_variance"
+    """Of one token: low_variance (k3, bounded), kl (k1), abs, or mse (k2)."""
+    kl_in: str = "loss"
+    """loss: a term of the loss. reward: taken from the reward of every token, so that a token is
+    told of the KL of all that follow; for advantage=reinforce_plus_plus."""
+    filter_by: str = ""
+    """Dynamic sampling (DAPO): a group is kept if filter_low < mean of this over its answers <
+    filter_high, and prompts are asked on until batch.groups are kept. A metric of `reward/`: total,
+    or e.g. video_qa/accuracy. Empty: every group is kept, batch.groups prompts are asked."""
+    filter_low: float = 0.01
+    filter_high: float = 0.99
+    max_tries: int = 20
+    """With filter_by: most times that batch.groups prompts are asked for one step, which is then
+    made from what was kept."""
 
     def __post_init__(self):
+        _one_of("algorithm.kl_in", self.kl_in, ("loss", "reward"))
         if not 0 < self.clip_low < 1:
             raise ValueError(f"algorithm.clip_low={self.clip_low} must be in (0, 1)")
         _positive("algorithm.clip_high", self.clip_high)
+        _positive("algorithm.max_tries", self.max_tries)
         if self.clip_dual <= 1:
             raise ValueError(f"algorithm.clip_dual={self.clip_dual} must be over 1")
         if self.kl < 0:
             raise ValueError(f"algorithm.kl={self.kl} must be 0 or more")
+        if self.kl and self.kl_in == "reward" and self.advantage != "reinforce_plus_plus":
+            raise ValueError(
+                f"algorithm.kl_in=reward gives every token a reward of its own, and "
+                f"algorithm.advantage={self.advantage} knows one an answer; use "
+                "advantage=reinforce_plus_plus, or kl_in=loss"
+            )
+        if self.filter_low >= self.filter_high:
+            raise ValueError(
+                f"algorithm.filter_low={self.filter_low} must be under algorithm.filter_high="
+                f"{self.filter_high}: nothing lies between them"
+            )
+
+    @property
+    def needs_group(self) -> bool:
+        """Whether an answer is compared with others to the same prompt."""
+        return self.advantage != "reinforce_plus_plus"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -452,10 +500,12 @@ class Config:
     def __post_init__(self):
         _one_of("stage", self.stage, ("perception", "sft", "grpo"))
         _filled("run.dir", self.run.dir)
-        if self.stage == "grpo" and self.rollout.num_samples < 2:
+        grouped = self.stage == "grpo" and self.algorithm.needs_group
+        if grouped and self.rollout.num_samples < 2:
             raise ValueError(
-                f"rollout.num_samples={self.rollout.num_samples}: GRPO compares the answers to one "
-                "prompt, so it needs at least 2"
+                f"rollout.num_samples={self.rollout.num_samples}: algorithm.advantage="
+                f"{self.algorithm.advantage} compares the answers to one prompt, so it needs at "
+                "least 2"
             )
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"seed={self.seed} must be 0 or more, and at most {MAX_SEED}")
@@ -474,8 +524,18 @@ class Config:
                 f"rollout.num_samples * rollout.max_tokens = {answers} answer tokens leave no room "
                 f"for a prompt in batch.max_row_tokens={self.batch.max_row_tokens}; raise that"
             )
+        metric = self.algorithm.filter_by
+        if metric not in ("", "total") and metric.partition("/")[0] not in self.rewards:
+            raise ValueError(
+                f"algorithm.filter_by={metric!r} is of no reward of this run; name total, or a "
+                f"part <reward>/<part> of one of {', '.join(sorted(self.rewards))}"
+            )
         if not self.rewards:
             raise ValueError("rewards is empty; name at least one, e.g. rewards: {video_qa: 1.0}")
+        if self.stage == "grpo" and "overlong" in self.rewards and not self.rollout.overlong_tokens:
+            raise ValueError(
+                "rewards.overlong needs rollout.overlong_tokens, the length over which it falls"
+            )
         if not any(self.rewards.values()):
             raise ValueError(f"rewards={self.rewards}: every weight is 0; give one another weight")
         if self.attention.ulysses and self.mesh.seq % self.attention.ulysses:

@@ -67,22 +67,30 @@ def join(packed: Sequence[bytes]) -> bytes:
     return _to_bytes(about, *map(np.concatenate, arrays))
 
 
-def write(folder: Path, step: int, content: bytes) -> None:
-    """Writes a step's packed entry; it is on disk, whole, when this returns."""
+def write(folder: Path, step: int, content: bytes, *, attempt: int = 1) -> None:
+    """Writes a step's packed entry; it is on disk, whole, when this returns.
+
+    attempt: which of a step's tries it holds (dynamic sampling), from 1.
+    """
     run_folder.make_folder(folder)
     digest = hashlib.sha256(content).hexdigest().encode()
-    run_folder.write_synced(path_of(folder, step), digest + b"\n" + content)
+    run_folder.write_synced(path_of(folder, step, attempt), digest + b"\n" + content)
 
 
 def read(
-    folder: Path, step: int, prompts: Sequence[Prompt], *, place: tuple[int, int] | None = None
+    folder: Path,
+    step: int,
+    prompts: Sequence[Prompt],
+    *,
+    place: tuple[int, int] | None = None,
+    attempt: int = 1,
 ) -> Entry | None:
     """Returns the entry of a step that asked these prompts; None if there is none.
 
     place: (groups of the step before these, groups of the step); None: these are all. Raises
     ValueError, with the file's name, for a damaged file and for one of other prompts.
     """
-    path = path_of(folder, step)
+    path = path_of(folder, step, attempt)
     if not path.exists():
         return None
     digest, _, content = path.read_bytes().partition(b"\n")
@@ -123,14 +131,15 @@ def read(
 def forget(folder: Path, last_step: int) -> None:
     """Removes the entries of all steps up to last_step: a durable checkpoint has their outcome."""
     for path in folder.glob("step_*.journal"):
-        if int(path.stem.removeprefix("step_")) <= last_step:
+        if run_folder.step_of_journal(path) <= last_step:
             path.unlink()
     for path in folder.glob(".*.partial"):
         path.unlink()
 
 
-def path_of(folder: Path, step: int) -> Path:
-    return folder / f"step_{step:08d}.journal"
+def path_of(folder: Path, step: int, attempt: int = 1) -> Path:
+    more = f"_{attempt:04d}" if attempt > 1 else ""
+    return folder / f"step_{step:08d}{more}.journal"
 
 
 def prompt_digest(prompt: Prompt) -> str:

@@ -187,7 +187,12 @@ def metas(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
 def journaled_steps(folder: Path) -> tuple[int, ...]:
     """Returns the steps whose rollouts and rewards are in a run's journal."""
     paths = (folder / JOURNAL).glob("step_*.journal")
-    return tuple(sorted(int(path.stem.removeprefix("step_")) for path in paths))
+    return tuple(sorted({step_of_journal(path) for path in paths}))
+
+
+def step_of_journal(path: Path) -> int:
+    """Returns the step of a journal file, step_<step>.journal or step_<step>_<try>.journal."""
+    return int(path.stem.split("_")[1])
 
 
 def mark_finished(folder: Path, step: int) -> None:

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from longrl_jax.losses import masked_mean
+from longrl_jax.losses import token_weights
 from longrl_jax.sharding import attend, constrain, num_parts
 from longrl_jax.types import Batch, Stats
 
@@ -309,18 +309,20 @@ def make_pass_logps(token_logps: TokenLogps, *, mesh: jax.sharding.Mesh | None) 
 
 def make_train_step(
     token_logps: TokenLogps,
-    loss: Callable[[Array, Array, Array, Array], tuple[Array, Stats]],
+    loss: Callable[..., tuple[Array, Stats]],
     optimizer: optax.GradientTransformation,
     *,
     shardings: TrainState,
     mesh: jax.sharding.Mesh | None,
     kl: float = 0.0,
     kl_estimator: Callable[[Array, Array], Array] | None = None,
+    mean: Callable[..., tuple[Array, Array]] = token_weights,
     engine_gap: bool = True,
 ) -> TrainStep:
-    """Returns the update. The loss is a token mean over all passes together, whatever their split.
+    """Returns the update. The loss is a mean over all passes together, whatever their split.
 
     loss: an entry of LOSSES with its numbers bound. kl: weight of kl_estimator(logp, reference).
+    mean: an entry of MEANS with its numbers bound.
     shardings: of state_shardings. engine_gap: report |engine log p - learner log p|.
     An update whose loss or gradient norm is not finite changes nothing; the statistics
     `finite/loss` and `finite/grad_norm` (1 or 0) say so, for the stage to stop.
@@ -329,30 +331,38 @@ def make_train_step(
     def update(trained, frozen, passes, reference_logps, old_logps):
         params, opt_state, step = trained
         num_tokens = passes.loss_mask.sum()
+        num_sequences = passes.num_sequences
+        weights_nBA, divisor = mean(passes.loss_mask, passes.sequence, num_sequences=num_sequences)
 
         def pass_loss(params, one_pass):
-            batch, reference, old = one_pass
+            batch, reference, old, weights_BA = one_pass
             mask = batch.loss_mask
+
+            def averaged(x_BA):
+                return jnp.where(mask, x_BA * weights_BA, 0).sum() / jnp.maximum(divisor, 1)
+
             logps, entropy = token_logps(nnx.merge_state(frozen, params), batch)
             old = jax.lax.stop_gradient(logps) if old is None else old
             advantage = batch.advantage.astype(
                 logps.dtype
             )  # wider in tests, else rounded to float32
-            mean, stats = loss(logps, old, advantage, mask)
+            loss_BA, stats = loss(
+                logps, old, advantage, mask, batch.sequence, num_sequences=num_sequences
+            )
+            value = averaged(loss_BA)
             stats = dict(stats) | {"entropy": _masked(entropy, mask)}
             if kl:
                 assert kl_estimator is not None, "kl needs an estimator"
                 assert reference is not None, "kl needs reference_logps"
                 kl_BA = kl_estimator(logps, reference)
-                mean += kl * masked_mean(kl_BA, mask)
+                value += kl * averaged(kl_BA)
                 stats["kl"] = _masked(kl_BA, mask)
-            share = mask.sum() / jnp.maximum(num_tokens, 1)
-            return mean * share, (stats, jax.lax.stop_gradient(logps))
+            return value, (stats, jax.lax.stop_gradient(logps))
 
         (value, (stats, logps)), grads = _summed(
             jax.value_and_grad(pass_loss, has_aux=True),
             params,
-            (passes, reference_logps, old_logps),
+            (passes, reference_logps, old_logps, weights_nBA),
             None if mesh is None else shardings.params,
         )
         norm = optax.global_norm(grads)

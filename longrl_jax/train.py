@@ -22,7 +22,7 @@ The run folder (run.dir) holds
   metrics.jsonl             a line a step: loss, rewards, engine/learner gap, seconds by phase,
                             frames decoded and encoded (0: the store held all videos)
   tensorboard/              the same numbers: tensorboard --logdir RUN/tensorboard
-  rollouts.jsonl            every sampled answer with its reward and advantage (grpo)
+  rollouts.jsonl            every answer that was learned from, with its reward and advantage (grpo)
   refused.jsonl             records that could not be used, with reasons
   evaluation.json           the last scores on data.validation (evaluations.jsonl: all of them,
                             evaluation_answers.jsonl: every answer of the last)
@@ -203,6 +203,7 @@ def check_names(cfg: config.Config) -> None:
     config.pick(data.SOURCES, cfg.data.source, "data.source")
     config.pick(advantages.ADVANTAGES, cfg.algorithm.advantage, "algorithm.advantage")
     config.pick(losses.LOSSES, cfg.algorithm.loss, "algorithm.loss")
+    config.pick(losses.MEANS, cfg.algorithm.loss_mean, "algorithm.loss_mean")
     config.pick(losses.KL_ESTIMATORS, cfg.algorithm.kl_estimator, "algorithm.kl_estimator")
     for name in cfg.rewards:
         config.pick(rewards.REWARDS, name, "rewards")

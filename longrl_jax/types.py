@@ -200,6 +200,10 @@ class Scored:
     finish_reason: str
     template: str = "think"
     """data.template that the question was asked with: the form that was asked for."""
+    max_tokens: int = 0
+    """rollout.max_tokens: the longest answer that could be given."""
+    overlong_tokens: int = 0
+    """rollout.overlong_tokens: how many of these are punished."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,18 +229,25 @@ class Batch:
     """int32 [B, A]: the token that each answer slot predicts."""
     loss_mask: Any
     """bool [B, A]: slots that predict a sampled token."""
+    sequence: Any
+    """int32 [B, A]: which of its row's samples a slot belongs to, from 0."""
     advantage: Any
     """float32 [B, A]."""
     engine_logps: Any
     """float32 [B, A]: what the engine said of the target when it drew it; 0 where masked."""
     num_shards: int = 1
     """Parts that T is split into (mesh axis seq); static."""
+    num_sequences: int = 1
+    """Most samples of a row; static."""
+
+
+BATCH_META = ["num_shards", "num_sequences"]
 
 
 jax.tree_util.register_dataclass(
     Batch,
-    data_fields=[f.name for f in dataclasses.fields(Batch) if f.name != "num_shards"],
-    meta_fields=["num_shards"],
+    data_fields=[f.name for f in dataclasses.fields(Batch) if f.name not in BATCH_META],
+    meta_fields=BATCH_META,
 )
 
 Stats = Mapping[str, tuple[Any, Any]]

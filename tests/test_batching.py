@@ -272,6 +272,9 @@ def test_every_slot_sees_its_own_sequence(order, num_shards):
                     np.testing.assert_array_equal(batch.features[row, media], stored)
                 assert batch.targets[row, slot] == whole[P + n]
                 assert batch.advantage[row, slot] == advantage[r]
+                same = batch.loss_mask[row] & (batch.sequence[row] == batch.sequence[row, slot])
+                np.testing.assert_array_equal(np.sort(at), np.flatnonzero(same))
+                assert batch.sequence[row, slot] < batch.num_sequences
                 assert batch.engine_logps[row, slot] == sample.logps[n]
                 num_slots += 1
     assert (
@@ -281,6 +284,25 @@ def test_every_slot_sees_its_own_sequence(order, num_shards):
         row_tokens([groups[i] for i in same])
         for same in batching._segments(groups, max_row_tokens=100)
     )
+
+
+def test_every_token_may_have_an_advantage_before_or_after_it_is_placed():
+    """On 8 devices, in passes; and what a process reads back of its rows is what it gave."""
+    rng = np.random.default_rng(0)
+    groups, features = random_groups(rng, 7)
+    worth = [[rng.normal(size=len(s.tokens)) for s in g.samples] for g in groups]
+    options = {"num_rows": 8, "num_shards": 2, "smallest_bucket": 8, "order": "spread"}
+    want, _ = lay_out(groups, features=features, advantages=worth, **options)
+    batch, index = lay_out(groups, features=features, **options)
+    placed = place(split_passes(batch, 4), make_mesh(fsdp=4, seq=2))
+    placed = batching.with_advantages(placed, index, worth)
+    got = batching.local_rows(placed.advantage)
+    np.testing.assert_array_equal(got, np.asarray(placed.advantage))
+    np.testing.assert_array_equal(got.reshape(want.advantage.shape), want.advantage)
+    found = index.per_sample(got)
+    for samples, wanted in zip(found, worth, strict=True):
+        for x, y in zip(samples, wanted, strict=True):
+            np.testing.assert_array_equal(x, y.astype(np.float32))
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -80,6 +80,13 @@ def test_the_resolved_config_is_a_config(path, tmp_path):
         ("rollout.max_tokens=5000", "leaves no room for a prompt"),
         ("optimizer.learning_rate=fast", "optimizer.learning_rate wants a number, got 'fast'"),
         ("rewards={}", "rewards is empty"),
+        ("algorithm.filter_by=accuracy", "is of no reward of this run; .* of one of video_qa"),
+        ("algorithm={filter_low: 0.5, filter_high: 0.5}", "nothing lies between them"),
+        ("algorithm={kl: 0.1, kl_in: reward}", "grpo knows one an answer; use advantage=reinforce"),
+        ("algorithm.kl_in=both", "algorithm.kl_in='both' is unknown; choose one of loss, reward"),
+        ("algorithm.max_tries=0", "algorithm.max_tries=0 must be positive"),
+        ("rollout.overlong_tokens=65", "must be 0 to rollout.max_tokens=64"),
+        ("rewards={overlong: 1.0}", "rewards.overlong needs rollout.overlong_tokens"),
         ("data.num_frames=9000", "over 8192"),
         ("data.timestamp=now", r"data.timestamp='now' must hold \{t\}, the time in seconds"),
         ("data.timestamp=' {s}'", r"data.timestamp=' \{s\}' must hold"),
@@ -94,6 +101,11 @@ def test_the_resolved_config_is_a_config(path, tmp_path):
 def test_bad_values_are_refused_by_name(path, override, message):
     with pytest.raises(ValueError, match=message):
         config.load(path, [override])
+
+
+def test_reinforce_plus_plus_needs_no_group(path):
+    one = ["algorithm.advantage=reinforce_plus_plus", "rollout.num_samples=1"]
+    assert config.load(path, one).rollout.num_samples == 1
 
 
 def test_attention_names_are_those_of_the_library(path):

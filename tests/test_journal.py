@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_groups import V, make_group, make_prompt
 
-from longrl_jax import journal
+from longrl_jax import journal, run_folder
 
 
 @pytest.fixture
@@ -107,3 +107,17 @@ def test_steps_are_forgotten_up_to_the_checkpoint(tmp_path, entry):
     (tmp_path / ".step_00000013.journal.partial").write_bytes(b"half")
     journal.forget(tmp_path, 4)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000012.journal"]
+
+
+def test_tries_of_a_step_have_files_of_their_own(tmp_path, entry):
+    folder = tmp_path / run_folder.JOURNAL
+    first, second = split(entry, 1, 1)
+    journal.write(folder, 4, journal.pack(first))
+    journal.write(folder, 4, journal.pack(second), attempt=2)
+    journal.write(folder, 5, journal.pack(entry))
+    assert journal.read(folder, 4, prompts(second), attempt=2).parts == second.parts
+    assert journal.read(folder, 4, prompts(first)).parts == first.parts
+    assert journal.read(folder, 4, prompts(first), attempt=3) is None
+    assert run_folder.journaled_steps(tmp_path) == (4, 5)
+    journal.forget(folder, 4)
+    assert [path.name for path in folder.iterdir()] == ["step_00000005.journal"]

@@ -13,6 +13,13 @@ from longrl_jax import losses
 
 RTOL = 1e-5  # float32 sums in another order
 CLIP = {"clip_low": 0.2, "clip_high": 0.28, "clip_dual": 3.0}
+CLIPPED = functools.partial(losses.clipped_surrogate, **CLIP)
+
+
+def mean(loss, *arrays):
+    """The mean over the tokens of the mask, and the statistics."""
+    each, stats = loss(*arrays)
+    return losses.masked_mean(each, arrays[3]), stats
 
 
 def tokens(seed=0, shape=(3, 11)):
@@ -36,7 +43,7 @@ def test_clipped_surrogate_equals_a_loop():
         if A < 0 and loss > -A * 3.0:
             loss, dual = -A * 3.0, dual + 1
         total, ratios = total + loss, ratios + ratio
-    loss, stats = losses.clipped_surrogate(logp, old, advantage, mask, **CLIP)
+    loss, stats = mean(CLIPPED, logp, old, advantage, mask)
     np.testing.assert_allclose(loss, total / mask.sum(), rtol=RTOL)
     assert stats["clip_fraction"] == (clipped, mask.sum()) and clipped
     assert stats["dual_clip_fraction"] == (dual, mask.sum()) and dual
@@ -57,7 +64,7 @@ def test_gradient_of_the_clipped_surrogate_equals_torch():
     loss.backward()
 
     def ours(logp):
-        return losses.clipped_surrogate(logp, old, advantage, mask, **CLIP)[0]
+        return mean(CLIPPED, logp, old, advantage, mask)[0]
 
     value, gradient = jax.value_and_grad(ours)(jnp.asarray(logp))
     np.testing.assert_allclose(value, loss.item(), rtol=RTOL)
@@ -79,13 +86,13 @@ def test_gradient_of_the_clipped_surrogate_equals_torch():
 def test_clipping_by_hand(ratio, advantage, want):
     logp = jnp.log(jnp.full((1, 1), ratio))
     A, mask = jnp.full((1, 1), advantage), jnp.ones((1, 1), bool)
-    loss, _ = losses.clipped_surrogate(logp, jnp.zeros((1, 1)), A, mask, **CLIP)
+    loss, _ = mean(CLIPPED, logp, jnp.zeros((1, 1)), A, mask)
     np.testing.assert_allclose(loss, want, rtol=RTOL)
 
 
 def test_nll_is_the_mean_of_the_tokens_that_count():
     logp, old, _, mask = tokens(2)
-    loss, stats = losses.nll(logp, old, np.ones_like(logp), mask)
+    loss, stats = mean(losses.nll, logp, old, np.ones_like(logp), mask)
     np.testing.assert_allclose(loss, np.mean([-logp[i] for i in zip(*mask.nonzero(), strict=True)]))
     assert stats == {}
 
@@ -110,19 +117,21 @@ def test_low_variance_kl_estimates_the_divergence():
     np.testing.assert_allclose(got, (p * np.log(p / q)).sum(), rtol=0.02)  # 200,000 draws
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [functools.partial(losses.clipped_surrogate, **CLIP), losses.nll],
-    ids=["clipped", "nll"],
-)
-def test_what_is_masked_has_no_say(loss):
+@pytest.mark.parametrize("name", [*losses.LOSSES, "nll"])
+def test_what_is_masked_has_no_say(name):
+    """Nor has another answer of the row in a ratio of whole answers."""
+    options = CLIP if name in losses.LOSSES else {}
+    loss = functools.partial(losses.LOSSES.get(name, losses.nll), num_sequences=2, **options)
     logp, old, advantage, mask = tokens(3)
-    want = loss(logp, old, advantage, mask)[0]
+    sequence = np.arange(mask.shape[1])[None] // 6 * np.ones((3, 1), int)
+    want = loss(logp, old, advantage, mask, sequence)[0]
     logp[~mask] = old[~mask] = np.nan
 
     def value(logp, mask):
-        return loss(logp, old, advantage, mask)[0]
+        return loss(logp, old, advantage, mask, sequence)[0].sum()
 
-    np.testing.assert_allclose(value(logp, mask), want, rtol=RTOL)
+    np.testing.assert_allclose(value(logp, mask), want.sum(), rtol=RTOL)
     assert not np.asarray(jax.grad(value)(jnp.asarray(logp), mask))[~mask].any()
     assert value(logp, np.zeros_like(mask)) == 0
+    first = jax.grad(lambda logp: loss(logp, old, advantage, mask, sequence)[0][:, :6].sum())
+    assert not np.asarray(first(jnp.asarray(logp)))[:, 6:].any()

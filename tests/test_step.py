@@ -12,7 +12,7 @@ from tiny_groups import V, make_group, make_prompt, scatter
 from longrl_jax import step
 from longrl_jax.batching import make_batch, place, split_passes
 from longrl_jax.config import OptimizerConfig
-from longrl_jax.losses import LOSSES, low_variance_kl
+from longrl_jax.losses import LOSSES, MEANS, low_variance_kl
 from longrl_jax.models import decoder, projector, siglip, vila, weights
 from longrl_jax.models.rope import Rope
 from longrl_jax.optimizer import make_optimizer
@@ -168,7 +168,9 @@ def adam() -> OptimizerConfig:
     return OptimizerConfig(learning_rate=1e-2, max_grad_norm=1e9, beta1=0.9)
 
 
-def make_trainer(mesh=None, *, frozen=("vision",), kl=0.0, attention=attend):
+def make_trainer(
+    mesh=None, *, frozen=("vision",), kl=0.0, attention=attend, loss=CLIPPED, mean="token"
+):
     optimizer = make_optimizer(adam(), 10)
     graphdef, state = step.init_state(make_model(mesh), frozen, optimizer, mesh)
     token_logps = step.make_token_logps(
@@ -176,12 +178,13 @@ def make_trainer(mesh=None, *, frozen=("vision",), kl=0.0, attention=attend):
     )
     train_step = step.make_train_step(
         token_logps,
-        CLIPPED,
+        loss,
         optimizer,
         shardings=step.state_shardings(state),
         mesh=mesh,
         kl=kl,
         kl_estimator=low_variance_kl,
+        mean=functools.partial(MEANS[mean], max_tokens=12),
     )
     return state, token_logps, train_step
 
@@ -318,6 +321,39 @@ def test_passes_change_neither_loss_nor_gradient(whole, rows_per_pass):
     state, stats = train_step(state, passes, None, old)
     assert_same_gradient(state, stats, whole)
     assert stats["ratio"][1] == stats["entropy"][1] == counts.sum()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mean", ["sequence", "fixed"])
+def test_other_means_are_of_all_passes_and_devices(mean):
+    """GSPO, whose ratio is of an answer that devices share, on one device and on eight."""
+    numbers = {"clip_low": 0.2, "clip_high": 0.2, "clip_dual": 3.0}
+    loss = functools.partial(LOSSES["gspo"], **numbers)
+    state, token_logps, train_step = make_trainer(loss=loss, mean=mean)
+    passes, old = make_passes()
+    logps, _ = step.make_pass_logps(token_logps, mesh=None)(step.all_params(state), passes)
+    state, stats = train_step(state, passes, None, old)
+    want = {p: np.asarray(x) for p, x in moments(state)[0].items()}, float(stats["loss"][0])
+    total, answers, clips = 0.0, 0, 0
+    for b, row in enumerate(passes.loss_mask[0]):
+        for sample in np.unique(passes.sequence[0, b][row]):
+            mine = row & (passes.sequence[0, b] == sample)
+            log_ratio = (np.asarray(logps, np.float64)[0, b] - old[0, b])[mine].mean()
+            advantage, ratio = float(passes.advantage[0, b][mine][0]), np.exp(log_ratio)
+            each = max(-advantage * ratio, -advantage * min(max(ratio, 0.8), 1.2))
+            clips += mine.sum() * (each != -advantage * ratio)
+            total += each if mean == "sequence" else each * mine.sum() / 12
+            answers += 1
+    assert answers == 14 and clips
+    np.testing.assert_allclose(want[1], total / answers, rtol=1e-4)
+    assert stats["clip_fraction"][0] == clips
+    if mean == "fixed":  # counts answers as the other does
+        return
+    mesh = make_mesh(fsdp=2, seq=4)
+    state, _, train_step = make_trainer(mesh, loss=loss, mean=mean)
+    passes, old = make_passes(rows_per_pass=4, num_shards=4, mesh=mesh)
+    state, stats = train_step(state, passes, None, old)
+    assert_same_gradient(state, stats, want)
 
 
 @pytest.mark.parametrize(

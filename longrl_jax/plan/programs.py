@@ -157,7 +157,7 @@ def host_passes(cfg: Config, row: Row) -> Any:
     group = Rollout(prompt=prompt, samples=(answer,) * row.answers, policy_version=0)
     groups = [group] * cfg.batch.groups
     advantages = [np.zeros(row.answers, np.float32)] * len(groups)
-    return update.make_host_passes(cfg, groups, [None] * len(groups), advantages)
+    return update.make_host_passes(cfg, groups, [None] * len(groups), advantages)[0]
 
 
 def padded_tokens(cfg: Config, row: Row) -> int:
@@ -185,7 +185,8 @@ def trace_all(
     if cfg.stage == "grpo" and cfg.algorithm.kl:
         program = update.make_pass_logps(cfg, policy)
         phases["logps"] = Phase("logps", program.trace(step.all_params(state), batch), batch)
-        logps_nBA = batch.engine_logps  # of the same shape and place
+        if cfg.algorithm.kl_in == "loss":
+            logps_nBA = batch.engine_logps  # of the same shape and place
     make = update.make_grpo_update if cfg.stage == "grpo" else update.make_sft_update
     traced = make(cfg, policy, state).trace(state, batch, logps_nBA)
     phases["update"] = Phase("update", traced, (batch, logps_nBA))

@@ -20,7 +20,7 @@ FILES = {
     "evaluations.jsonl": "validation scores, a line for each evaluation",
     "evaluation.json": "scores of the last evaluation",
     "evaluation_answers.jsonl": "every answer of the last evaluation",
-    "rollouts.jsonl": "every sampled answer, its reward and advantage",
+    "rollouts.jsonl": "every answer that was learned from, its reward and advantage",
     "refused.jsonl": "records that could not be used, and why",
     "error.txt": "what stopped the run",
     "checkpoints": "states to resume from",

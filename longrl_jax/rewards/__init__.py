@@ -9,15 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from longrl_jax.config import pick
-from longrl_jax.rewards import math_answer, video_qa
+from longrl_jax.rewards import math_answer, overlong, video_qa
 from longrl_jax.types import Scored
 
 Parts = Mapping[str, float]
 Reward = Callable[[Sequence[Scored]], Sequence[Parts | None]]
 
 REWARDS: dict[str, Reward] = {
-    "math_answer": math_answer.reward,
     "video_qa": video_qa.reward,
+    "video_accuracy": video_qa.accuracy,
+    "math_answer": math_answer.reward,
+    "overlong": overlong.reward,
 }
 
 

@@ -33,6 +33,15 @@ def reward(items: Sequence[Scored]) -> list[dict[str, float]]:
     return results
 
 
+def accuracy(items: Sequence[Scored]) -> list[dict[str, float]]:
+    """Returns `accuracy` (0 or 1) and `total`, -1 or 1; the form has no say.
+
+    Source: arXiv:2503.14476 equation 7 (DAPO); Long-RL examples/reward_function/dapo.py.
+    """
+    right = [is_right(item.text, item.example.answer) for item in items]
+    return [{"total": 2.0 * x - 1.0, "accuracy": float(x)} for x in right]
+
+
 def has_form(text: str, template: str = "think") -> bool:
     """Whether a text is one <think> part and one <answer> part, each tag once, nothing else.
 

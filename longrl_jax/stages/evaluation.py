@@ -100,7 +100,7 @@ def answer(
                 seeds=[_seed(cfg.seed, prompt.example.id) for prompt in kept],
             )
             for prompt, group in zip(kept, samples, strict=True):
-                items.append([scored(prompt, s, policy, cfg.data.template) for s in group])
+                items.append([scored(prompt, s, policy, cfg) for s in group])
                 drawn.append(group)
             bar.update(len(part))
     parts = iter(rewards.score([item for group in items for item in group], cfg.rewards))
@@ -152,14 +152,16 @@ def is_due(cfg: Config, number: int) -> bool:
     return number == cfg.run.num_steps or (every > 0 and number % every == 0)
 
 
-def scored(prompt: Prompt, sample: Sample, policy: Policy, template: str) -> Scored:
+def scored(prompt: Prompt, sample: Sample, policy: Policy, cfg: Config) -> Scored:
     """Returns what a reward sees of a sample."""
     return Scored(
         example=prompt.example,
         text=prompt_text.decode_text(sample.tokens, policy.tokenizer),
         num_tokens=len(sample.tokens),
         finish_reason=sample.finish_reason,
-        template=template,
+        template=cfg.data.template,
+        max_tokens=cfg.rollout.max_tokens,
+        overlong_tokens=cfg.rollout.overlong_tokens,
     )
 
 

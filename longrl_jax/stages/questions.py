@@ -6,7 +6,7 @@ A refused record is counted, written to refused.jsonl and leaves its place empty
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,20 @@ def training(
     cfg: Config, policy: Policy, refused: RefusedLog, *, first_step: int = 0
 ) -> Iterator[tuple[int, list[Prompt]]]:
     """Yields (step, this process's prompts) of every step after first_step, numbered from 1."""
+    count = cfg.run.num_steps - first_step
+    with contextlib.closing(
+        slices(cfg, policy, refused.add, first=first_step, count=count)
+    ) as stream:
+        yield from enumerate(stream, start=first_step + 1)
+
+
+def slices(
+    cfg: Config, policy: Policy, on_refused: loader.OnRefused, *, first: int, count: int
+) -> Generator[list[Prompt], None, None]:
+    """Yields this process's prompts of the slices of batch.groups records after the first ones.
+
+    on_refused is told of a refused record with the number of its slice, from 1, for a step.
+    """
     source = pick(SOURCES, cfg.data.source, "data.source")(Path(cfg.data.root), cfg.data.train)
     steps = loader.prompts(
         source,
@@ -42,15 +56,15 @@ def training(
         ),
         seed=cfg.seed,
         groups=cfg.batch.groups,
-        first_step=first_step,
-        num_steps=cfg.run.num_steps - first_step,
+        first_step=first,
+        num_steps=count,
         workers=cfg.data.loader_workers,
-        on_refused=refused.add,
+        on_refused=on_refused,
         part=processes.part(cfg.batch.groups),
     )
     with contextlib.closing(steps):
-        for number, asked in enumerate(steps, start=first_step + 1):
-            yield number, [prompt for prompt in asked if prompt is not None]
+        for asked in steps:
+            yield [prompt for prompt in asked if prompt is not None]
 
 
 def validation(cfg: Config, policy: Policy, refused: RefusedLog) -> list[Prompt]:

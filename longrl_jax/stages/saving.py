@@ -33,9 +33,19 @@ TEXT_TOKEN_BYTES = 8  # of rollouts.jsonl, at most about that
 class Saver:
     """Owner of a run's checkpoints and journal; made by `open_saver`."""
 
-    def __init__(self, cfg: Config, policy: Policy, first_step: int, start: dict[str, str]):
+    def __init__(
+        self,
+        cfg: Config,
+        policy: Policy,
+        first_step: int,
+        start: dict[str, str],
+        *,
+        position: int | None = None,
+    ):
         self.first_step = first_step
         """Step after which the run goes on; 0: from the start."""
+        self.position = first_step if position is None else position
+        """Slices of batch.groups records that the steps so far have taken from the data."""
         self._folder = Path(cfg.run.dir)
         self._run = cfg.run
         self._policy = policy
@@ -49,16 +59,17 @@ class Saver:
         )
 
     def replayed(
-        self, number: int, asked: Sequence[Prompt], place: tuple[int, int]
+        self, number: int, asked: Sequence[Prompt], place: tuple[int, int], *, attempt: int = 1
     ) -> journal.Entry | None:
-        """Returns the journaled rollouts and rewards of a step, None if it must be sampled.
+        """Returns the journaled rollouts and rewards of a step's try, None if it must be sampled.
 
         place: (groups of the step before these, groups of the step). It is one or the other for
         all processes.
         """
         found, trouble = None, ""
         try:
-            found = journal.read(self._folder / run_folder.JOURNAL, number, asked, place=place)
+            folder = self._folder / run_folder.JOURNAL
+            found = journal.read(folder, number, asked, place=place, attempt=attempt)
         except ValueError as error:
             trouble = str(error)
         told = processes.gather([found is not None, trouble])
@@ -67,25 +78,32 @@ class Saver:
             tqdm.write(f"{troubles[0]}; step {number} is sampled again")
         return found if all(has for has, _ in told) else None
 
-    def journal(self, number: int, entry: journal.Entry) -> None:
-        """Puts rollouts and rewards of a step on disk; to be called before its update."""
+    def journal(self, number: int, entry: journal.Entry, *, attempt: int = 1) -> None:
+        """Puts rollouts and rewards of a step's try on disk; to be called before its update."""
         packed = processes.gather_bytes(journal.pack(entry))
         folder = self._folder / run_folder.JOURNAL
 
         def write() -> None:
             try:
-                journal.write(folder, number, journal.join(packed))
+                journal.write(folder, number, journal.join(packed), attempt=attempt)
             except OSError as error:
-                raise disk_error(error, journal.path_of(folder, number), WAY_OUT) from error
+                path = journal.path_of(folder, number, attempt)
+                raise disk_error(error, path, WAY_OUT) from error
 
         processes.first(write)
 
     def after_step(
-        self, number: int, state: step.TrainState, scores: Mapping[str, float] | None = None
+        self,
+        number: int,
+        state: step.TrainState,
+        scores: Mapping[str, float] | None = None,
+        *,
+        position: int | None = None,
     ) -> None:
         """Saves the state if the step is due; to be called when all of the step is in the logs.
 
-        scores: of this step's evaluation; a new best of run.best_metric is due, too.
+        scores: of this step's evaluation; a new best of run.best_metric is due, too. position: see
+        Saver.position; None: one slice a step.
         """
         every = self._run.checkpoint_every
         due = number == self._run.num_steps or (every > 0 and number % every == 0)
@@ -99,6 +117,7 @@ class Saver:
             about = {
                 "start": self._start,
                 "scores": dict(scores) if scores is not None else None,
+                "position": number if position is None else position,
                 "logs": run_folder.log_lengths(self._folder),
                 "saved_unix_s": round(time.time(), 3),
             }
@@ -160,14 +179,15 @@ def open_saver(
         name: rollout_bridge.weights_digest(models.arrays_of(part), to_host=models.to_host)
         for name, part in parts.items()
     }
-    first_step, found = processes.first(lambda: _go_on(cfg, state, start))
+    first_step, found, position = processes.first(lambda: _go_on(cfg, state, start))
     if found:
         state = checkpoint.restore(Path(found), state)
-    return Saver(cfg, policy, first_step, start), state
+    return Saver(cfg, policy, first_step, start, position=position), state
 
 
-def _go_on(cfg: Config, state: step.TrainState, start: dict[str, str]) -> tuple[int, str]:
-    """Cuts a run back to where it goes on; returns that step and its checkpoint, "" if it has none.
+def _go_on(cfg: Config, state: step.TrainState, start: dict[str, str]) -> tuple[int, str, int]:
+    """Cuts a run back to where it goes on; returns that step, its checkpoint ("" if it has none)
+    and its place in the data.
 
     Of many processes one does this for all.
     """
@@ -184,7 +204,7 @@ def _go_on(cfg: Config, state: step.TrainState, start: dict[str, str]) -> tuple[
         )
     run_folder.cut_logs(folder, point)
     checkpoint.sweep(folder / run_folder.CHECKPOINTS)
-    return point.step, str(point.checkpoint or "")
+    return point.step, str(point.checkpoint or ""), point.meta.get("position", point.step)
 
 
 def _written_start(
@@ -217,7 +237,8 @@ def needs(cfg: Config, state: step.TrainState) -> list[run_folder.Need]:
     if cfg.stage == "grpo":
         steps = min(cfg.run.checkpoint_every or cfg.run.num_steps, cfg.run.num_steps)
         tokens = cfg.batch.groups * cfg.rollout.num_samples * cfg.rollout.max_tokens
-        journaled = cfg.run.keep * steps * tokens * JOURNAL_TOKEN_BYTES
+        tries = cfg.algorithm.max_tries if cfg.algorithm.filter_by else 1
+        journaled = cfg.run.keep * steps * tries * tokens * JOURNAL_TOKEN_BYTES
         sampled = cfg.run.num_steps * tokens * TEXT_TOKEN_BYTES
         found.append(Need(what="journal", size_bytes=journaled, name=run_folder.JOURNAL))
         found.append(Need(what="rollouts.jsonl", size_bytes=sampled, name="rollouts.jsonl"))

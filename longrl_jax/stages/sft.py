@@ -57,7 +57,7 @@ def run(cfg: Config) -> None:
             if num_groups:
                 with phases.phase("update"):
                     weights = [np.ones(1, np.float32)] * len(groups)
-                    passes = update.make_passes(cfg, policy, groups, features, weights)
+                    passes, _ = update.make_passes(cfg, policy, groups, features, weights)
                     state, stats = train_step(state, passes)
                     means = averages(jax.device_get(stats))
                 save = functools.partial(saver.export, state)

@@ -5,11 +5,12 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+import jax
 import numpy as np
 
 from longrl_jax import batching, processes, step
 from longrl_jax.config import Config, pick
-from longrl_jax.losses import KL_ESTIMATORS, LOSSES, nll
+from longrl_jax.losses import KL_ESTIMATORS, LOSSES, MEANS, nll
 from longrl_jax.optimizer import make_optimizer
 from longrl_jax.sharding import attend
 from longrl_jax.stages.policy import Policy
@@ -22,12 +23,14 @@ def make_passes(
     groups: Sequence[Rollout],
     features: Sequence[np.ndarray | None],
     advantages: Sequence[np.ndarray],
-) -> Batch:
+) -> tuple[Batch, batching.Index]:
     """Lays a step's groups out as rows, one a group, and places them on the mesh in passes.
 
-    Every process gives its own groups, none perhaps, for the rows of its own devices.
+    Every process gives its own groups, none perhaps, for the rows of its own devices. Returns also
+    where the tokens of its samples went.
     """
-    return batching.place(make_host_passes(cfg, groups, features, advantages), policy.mesh)
+    rows, index = make_host_passes(cfg, groups, features, advantages)
+    return batching.place(rows, policy.mesh), index
 
 
 def make_host_passes(
@@ -35,9 +38,9 @@ def make_host_passes(
     groups: Sequence[Rollout],
     features: Sequence[np.ndarray | None],
     advantages: Sequence[np.ndarray],
-) -> Batch:
+) -> tuple[Batch, batching.Index]:
     """Returns the passes of make_passes as numpy arrays, on no device."""
-    rows, _ = batching.make_batch(
+    rows, index = batching.make_batch(
         groups,
         features=features,
         advantages=advantages,
@@ -48,7 +51,7 @@ def make_host_passes(
         share_videos=False,  # a step has one row a group whatever is shared; rows would only grow
         agree=_agree if processes.count() > 1 else None,
     )
-    return batching.split_passes(rows, cfg.batch.rows_per_pass // processes.count())
+    return batching.split_passes(rows, cfg.batch.rows_per_pass // processes.count()), index
 
 
 def _agree(shape: batching.RowShape) -> batching.RowShape:
@@ -85,15 +88,34 @@ def make_grpo_update(cfg: Config, policy: Policy, state: step.TrainState) -> ste
         clip_high=algorithm.clip_high,
         clip_dual=algorithm.clip_dual,
     )
+    mean = pick(MEANS, algorithm.loss_mean, "algorithm.loss_mean")
     return step.make_train_step(
         make_token_logps(cfg, policy, temperature=cfg.rollout.temperature),
         loss,
         make_optimizer(cfg.optimizer, cfg.run.num_steps),
         shardings=step.state_shardings(state),
         mesh=policy.mesh,
-        kl=algorithm.kl,
+        kl=algorithm.kl if algorithm.kl_in == "loss" else 0.0,
         kl_estimator=pick(KL_ESTIMATORS, algorithm.kl_estimator, "algorithm.kl_estimator"),
+        mean=functools.partial(mean, max_tokens=cfg.rollout.max_tokens),
     )
+
+
+def make_token_kls(
+    cfg: Config,
+) -> Callable[[Batch, jax.Array, batching.Index], list[list[np.ndarray]]]:
+    """Returns (passes, reference log p, index) -> KL estimate of every token, [rollout][sample].
+
+    Between the engine, which is the policy that has drawn them, and the reference.
+    """
+    algorithm = cfg.algorithm
+    estimate = jax.jit(pick(KL_ESTIMATORS, algorithm.kl_estimator, "algorithm.kl_estimator"))
+
+    def token_kls(passes: Batch, reference_nBA: jax.Array, index: batching.Index):
+        kl_nBA = estimate(passes.engine_logps, reference_nBA)
+        return index.per_sample(batching.local_rows(kl_nBA))
+
+    return token_kls
 
 
 def make_sft_update(cfg: Config, policy: Policy, state: step.TrainState) -> step.TrainStep:

@@ -169,6 +169,12 @@ def count_spaces(items):
     return [{"total": item.text.count(" ") / max(len(item.text), 1)} for item in items]
 
 
+def parity(items):
+    """Half of all pairs of answers differ in it: dynamic sampling drops half of such groups."""
+    odd = [float(sum(map(ord, item.text)) % 2) for item in items]
+    return [{"total": 2 * x - 1, "odd": x} for x in odd]
+
+
 POINTS = {
     point.__name__: point
     for point in (
@@ -195,7 +201,7 @@ def main() -> None:
     platform.prepare(cfg.mesh, cfg.rollout, compilation_cache=str(COMPILE_CACHE))
     from longrl_jax import rewards
 
-    rewards.REWARDS["spaces"] = count_spaces
+    rewards.REWARDS |= {"spaces": count_spaces, "parity": parity}
     if point != "none":
         POINTS[point](Bomb(int(visit)))
     platform.prepare_vllm = lambda _: None  # it is prepared, and vLLM may be imported, already

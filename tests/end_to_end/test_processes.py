@@ -20,7 +20,7 @@ from longrl_jax import checkpoint, config, journal, rewards, run_folder, step
 from longrl_jax.advantages import ADVANTAGES
 from longrl_jax.optimizer import make_optimizer
 from longrl_jax.sharding import make_mesh
-from longrl_jax.stages import grpo, sft
+from longrl_jax.stages import grpo, sampling, sft
 from longrl_jax.stages import policy as opened
 
 ROOT = Path(__file__).parents[2]
@@ -171,8 +171,9 @@ def assert_equal(state: step.TrainState, want: list[np.ndarray]) -> None:
 
 def test_a_process_without_a_group_has_its_part_of_rewards_and_sums(configured):
     entry = journal.Entry(groups=[], parts=[], sums={})
-    reward_GR, valid_GR = grpo.totals(configured("tiny_cpu_grpo.yaml"), entry)
-    assert set(grpo.reward_sums(reward_GR, valid_GR, entry).values()) == {(0, 0)}
+    cfg = configured("tiny_cpu_grpo.yaml")
+    _, valid_GR = grpo.totals(cfg, entry)
+    assert set(grpo.sampled_sums(cfg, entry).values()) == {(0, 0)}
     others = np.array([[True, True, False, True]]).astype(valid_GR.dtype)  # as of_all_groups does
     advantage_GR = ADVANTAGES["grpo"](np.array([[1.0, 0, 9, 0]]), others)
     assert advantage_GR[0, 0] > 0 and advantage_GR[0, 2] == 0
@@ -207,14 +208,14 @@ def test_grpo_in_two_processes_is_killed_and_goes_on_as_one(configured, tmp_path
     assert len(answered) == 4  # two of each process
 
     rolled_out = []
-    roll_out = grpo.roll_out
+    roll_out = sampling.roll_out
 
     def noted(*args, **kwargs):
         rolled_out.append(1)
         return roll_out(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grpo, "roll_out", noted)
+        patch.setattr(sampling, "roll_out", noted)
         patch.setitem(rewards.REWARDS, "spaces", killed_run.count_spaces)
         grpo.run(cfg)
     assert len(rolled_out) == 1  # step 3
@@ -225,8 +226,37 @@ def test_grpo_in_two_processes_is_killed_and_goes_on_as_one(configured, tmp_path
     assert max(gaps) < MAX_GAP  # every engine had the weights of its step
     for row in steps:
         seeds = [
-            grpo.sample_seed(cfg.seed, row["step"], place) + sample
+            sampling.sample_seed(cfg.seed, row["step"], place) + sample
             for place in range(row["groups"])
             for sample in range(cfg.rollout.num_samples)
         ]
         assert [x["seed"] for x in answers if x["step"] == row["step"]] == seeds
+
+
+@pytest.mark.slow
+def test_dynamic_sampling_in_two_processes_ends_when_both_have_their_groups(configured, tmp_path):
+    """Each fills its own rows; one that has done so waits, and asks nothing."""
+    cfg = configured(
+        "tiny_cpu_grpo.yaml",
+        "mesh={fsdp: 2, simulated: true}",
+        "rollout.num_samples=2",
+        "rewards={parity: 1.0}",
+        "algorithm={filter_by: parity/odd, max_tries: 8}",
+        "optimizer={learning_rate: 0.01}",
+        "run.num_steps=3",
+        "run.export=false",
+        "data.validation=",
+    )
+    finish(start(cfg, tmp_path, "killed_run.py", UNHURT, UNHURT))
+    run = Path(cfg.run.dir)
+    steps, answers = lines(run), lines(run, "rollouts.jsonl")
+    assert [row["step"] for row in steps] == [1, 2, 3]
+    waited = 0
+    for row in steps:
+        assert row["groups"] == 4 and row["grad_norm"] > 0 and row["gap/max"] < MAX_GAP
+        fates = ("kept", "surplus", "too_low", "too_high", "unjudged")
+        assert row["filter/drawn"] == sum(row[f"filter/{fate}"] for fate in fates)
+        waited += row["filter/drawn"] < 4 * row["filter/tries"] - row["refused"]
+        odd = [x["reward"]["parity/odd"] for x in answers if x["step"] == row["step"]]
+        assert (np.reshape(odd, (4, 2)).sum(axis=1) == 1).all()
+    assert waited  # in some try a process had its groups already

@@ -97,3 +97,11 @@ def test_a_reward_that_is_not_finite_or_not_complete_is_caught(monkeypatch):
         rewards.score([scored(GOOD)], {"short": 1.0})
     with pytest.raises(ValueError, match="choose one of"):
         rewards.score([scored(GOOD)], {"vide_qa": 1.0})
+
+
+def test_accuracy_alone_is_plus_or_minus_one():
+    """As in DAPO; the form has no say, but an answer without its tags is none."""
+    texts = [GOOD, "<answer>B</answer>", "<answer>A</answer>", "B"]
+    got = video_qa.accuracy([scored(text) for text in texts])
+    assert [parts["total"] for parts in got] == [1, 1, -1, -1]
+    assert [parts["accuracy"] for parts in got] == [1, 1, 0, 0]
