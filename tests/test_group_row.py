@@ -5,10 +5,8 @@ of the prompt, with a loss written as a loop over tokens. Ours is the real updat
 that share prefixes, with tokens in any order over any number of devices, in one pass or several.
 """
 
-import copy
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -17,22 +15,19 @@ import numpy as np
 import optax
 import pytest
 import torch
-from flax import nnx
-from models.tiny_models import write_text, write_vila
-from tiny_groups import V, make_group, make_prompt, scatter
+from our_side import run_update
+from tiny_groups import V, make_group, make_prompt
+from tiny_models import write_text, write_vila
+from tiny_qwen2_5_vl import VISION, write_qwen2_5_vl
+from torch_side import Numbers, Side, all_logps, open_side, token_mean
 
-from longrl_jax import models, step
-from longrl_jax.batching import make_batch, place, split_passes
-from longrl_jax.losses import LOSSES, low_variance_kl, nll
-from longrl_jax.models import weights
-from longrl_jax.sharding import make_mesh
+from longrl_jax.models import qwen2_5_vl
+from longrl_jax.types import Media
 
 BOUND = {"float32": 1e-5, "float64": 1e-10}
 """Of |difference| / |gradient|, for every parameter array: the project's promise."""
 LOGP_ATOL = {"float32": 2e-5, "float64": 1e-12}  # logits are sums of 64 products of order 1
-TEMPERATURE, BANNED = 0.7, (V, 3)
-CLIP = {"clip_low": 0.1, "clip_high": 0.2, "clip_dual": 1.5}
-KL = 0.3
+BANNED = (V, 3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +39,8 @@ class Case:
     lengths: tuple[tuple[int, ...], ...]
     """Tokens of every sample of every group."""
     num_media: int = 0
+    grid: tuple[int, int, int] = (0, 0, 0)
+    """Of the film, in tokens, for Qwen2.5-VL; else it is VILA's."""
     loss: str = "clipped"
     tied: bool = True
     num_shards: int = 1
@@ -60,6 +57,7 @@ TEXT_LENGTHS = ((4, 1, 6), (1, 3), (2, 5, 1, 1))
 FRAMES = [1, 2, V, V, 4, V, V, 4, V, V, 4, V, V, 4]
 VIDEO = (([*FRAMES, 31, 32], "a"), ([*FRAMES, 33, 34, 35], "a"), ([*FRAMES, 36], "b"))
 VIDEO_LENGTHS = ((3, 1), (5, 2), (1, 4))
+FILM = [92, *[V] * 6, 93]
 LATE = [V, V, 4, V, V, 4, 50]  # a video after its question: no common start but one token
 
 CASES = {
@@ -84,6 +82,11 @@ CASES = {
         prompts=(([1, 60, *LATE], "a"), ([1, 61, *LATE], "a"), ([62, 63], "")), num_media=4,
         lengths=((4,), (2,), (1,)), loss="nll", num_shards=2, order="spread", rows_used=2,
     ),
+    "two questions on one film, positions in three dims, spread over 2": Case(
+        prompts=(([1, *FILM, 31, 32], "a"), ([1, *FILM, 33, 34, 35], "a"), ([36, 37], "")),
+        lengths=VIDEO_LENGTHS, num_media=6, grid=(3, 2, 1), tied=False, num_shards=2,
+        order="spread", rows_used=2,
+    ),
 }  # fmt: skip
 
 
@@ -93,25 +96,6 @@ FAST = {  # compiling takes 5 to 10 s a case; these have a bit of everything
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Numbers:
-    """What both sides are given: [group][sample] -> one number a token, or one a sample."""
-
-    groups: list[Any]
-    features: list[np.ndarray | None]
-    advantage: list[np.ndarray]
-    old: list[list[np.ndarray]]
-    reference: list[list[np.ndarray]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    loss: float
-    logps: list[list[np.ndarray]]
-    gradient: dict[str, np.ndarray]
-    """By Hugging Face name."""
-
-
 def make_numbers(case: Case, width: int) -> Numbers:
     rng = np.random.default_rng(0)
     stored = {k: rng.normal(size=(case.num_media, width)).astype(np.float32) for k in "ab"}
@@ -119,7 +103,8 @@ def make_numbers(case: Case, width: int) -> Numbers:
     groups, features = [], []
     for (tokens, key), lengths in zip(case.prompts, case.lengths, strict=True):
         samples = [rng.choice(allowed, n) for n in lengths]
-        groups.append(make_group(make_prompt(tokens, key=key), *samples))
+        prompt = make_prompt(tokens, key=key, **positions(case, tokens))
+        groups.append(make_group(prompt, *samples))
         features.append(stored[key] if key else None)
 
     def about(low: float, high: float) -> list[list[np.ndarray]]:
@@ -127,9 +112,25 @@ def make_numbers(case: Case, width: int) -> Numbers:
 
     ones = case.loss == "nll"
     advantage = [np.ones(1) if ones else rng.normal(size=len(n)) for n in case.lengths]
-    return Numbers(
-        groups, features, [a.astype(np.float32) for a in advantage], about(-9, -1), about(-6, -3)
+    weights = [a.astype(np.float32) for a in advantage]
+    return Numbers(groups, features, weights, about(-9, -1), about(-6, -3), BANNED)
+
+
+def positions(case: Case, tokens: list[int]) -> dict[str, Any]:
+    """rope_pos and next_rope_pos of a prompt of Qwen2.5-VL; nothing where they are 0, 1, 2, ..."""
+    if not any(case.grid):
+        return {}
+    media = []
+    if V in tokens:
+        film = Media(
+            kind="video", path="", key="", grid=case.grid, times_s=(), size=(0, 0),
+            num_tokens=case.num_media, offset=tokens.index(V), unit_s=1.5,
+        )  # fmt: skip
+        media.append(film)
+    rope_pos, following = qwen2_5_vl.rope_positions(
+        len(tokens), media, tokens_per_second=VISION["tokens_per_second"]
     )
+    return {"rope_pos": rope_pos, "next_rope_pos": following}
 
 
 def near(numbers: Numbers, logps: list[list[np.ndarray]]) -> Numbers:
@@ -158,7 +159,6 @@ class Rotary64(torch.nn.Module):
 
 def in_float64(llm: torch.nn.Module) -> torch.nn.Module:
     """Norms, rotation and softmax of transformers are float32 in any model; here they are not."""
-    llm = copy.deepcopy(llm)
     for parent in list(llm.modules()):
         for name, child in parent.named_children():
             if type(child).__name__ == "Qwen2RMSNorm":
@@ -172,72 +172,13 @@ def in_float64(llm: torch.nn.Module) -> torch.nn.Module:
     return llm.double()
 
 
-class Witness:
+def witness(folder, dtype: str) -> Side:
     """Separate sequences through torch."""
-
-    def __init__(self, parts: dict[str, torch.nn.Module], dtype: str):
-        self.parts = {
-            name: in_float64(part) if dtype == "float64" and name == "llm" else copy.deepcopy(part)
-            for name, part in parts.items()
-        }
-        self.dtype = getattr(torch, dtype)
-        self.parts = {name: part.to(self.dtype) for name, part in self.parts.items()}
-
-    def sample_logps(self, prompt, sample, features) -> torch.Tensor:
-        tokens = torch.tensor(np.concatenate([prompt.tokens, sample.tokens])).long()
-        llm, P = self.parts["llm"], len(prompt.tokens)
-        x = llm.get_input_embeddings()(tokens)
-        if features is not None:
-            projector = self.parts["mm_projector"].layers[1:]  # the first layer packs patches
-            media = projector(torch.tensor(features).to(self.dtype))
-            x = x.index_put((torch.tensor(np.flatnonzero(prompt.is_media)),), media)
-        logits = llm(inputs_embeds=x[None]).logits[0, P - 1 : -1] / TEMPERATURE
-        banned = torch.zeros(logits.shape[-1], dtype=torch.bool)
-        banned[list(BANNED)] = True
-        logps = torch.log_softmax(logits.masked_fill(banned, -math.inf), dim=-1)
-        return logps[torch.arange(len(sample.tokens)), tokens[P:]]
-
-    def logps(self, numbers: Numbers) -> list[list[torch.Tensor]]:
-        return [
-            [self.sample_logps(group.prompt, sample, features) for sample in group.samples]
-            for group, features in zip(numbers.groups, numbers.features, strict=True)
-        ]
-
-    def run(self, case: Case, numbers: Numbers) -> Result:
-        logps = self.logps(numbers)
-        terms = []
-        for g, of_group in enumerate(logps):
-            for r, of_sample in enumerate(of_group):
-                for i, logp in enumerate(of_sample):
-                    A = float(numbers.advantage[g][r])
-                    old, reference = numbers.old[g][r][i], numbers.reference[g][r][i]
-                    terms.append(
-                        -A * logp if case.loss == "nll" else token_loss(logp, old, A, reference)
-                    )
-        loss = torch.stack(terms).mean()
-        loss.backward()
-        gradient = {}
-        for part, module in self.parts.items():
-            for name, x in module.named_parameters():
-                where = f"{part}/{name}" if len(self.parts) > 1 else name
-                if x.grad is not None:
-                    gradient[where] = x.grad.numpy()
-        detached = [[x.detach().numpy() for x in group] for group in logps]
-        return Result(float(loss.detach()), detached, gradient)
-
-
-def token_loss(logp, old, advantage, reference):
-    """PPO's objective with dual clip, and k3, of one token (arXiv:1707.06347, 1912.09729)."""
-    ratio = torch.exp(logp - old)
-    r = ratio.item()
-    inside = min(max(r, 1 - CLIP["clip_low"]), 1 + CLIP["clip_high"])
-    gain = ratio * advantage
-    if inside * advantage < r * advantage:
-        gain = torch.full_like(logp, inside * advantage)  # a clip leaves no gradient
-    if advantage < 0 and gain.item() < CLIP["clip_dual"] * advantage:
-        gain = torch.full_like(logp, CLIP["clip_dual"] * advantage)
-    difference = reference - logp
-    return -gain + KL * (torch.exp(difference) - difference - 1)
+    side = open_side(folder)
+    if dtype == "float64":
+        side.llm, side.dtype = in_float64(side.llm), torch.float64
+        side.projector = side.projector and side.projector.double()
+    return side
 
 
 # Ours.
@@ -252,66 +193,12 @@ def keep_gradient() -> optax.GradientTransformation:
     return optax.GradientTransformation(zeros, lambda grads, _, params: (zeros(grads), grads))
 
 
-def run_ours(case: Case, numbers: Numbers, folder, dtype: str) -> Result:
-    devices = jax.devices()[: case.num_shards]
-    mesh = make_mesh(seq=case.num_shards, devices=devices)
-    cfg, model = models.load(folder, mesh=mesh)
-    graphdef, params = nnx.split(model)
-    model = nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), params))
-    optimizer = keep_gradient()
-    frozen = ("vision",) if case.num_media else ()
-    graphdef, state = step.init_state(model, frozen, optimizer, mesh)
-    batch, index = make_batch(
-        numbers.groups,
-        features=numbers.features,
-        advantages=numbers.advantage,
-        num_rows=case.num_rows,
-        num_shards=case.num_shards,
-        smallest_bucket=2 * case.num_shards,
-        max_row_tokens=200,
-        groups_per_row=case.groups_per_row,
-        order=case.order,
-    )
-    assert len(set(index.rows)) == case.rows_used
-    passes = place(split_passes(batch, case.rows_per_pass), mesh)
-
-    def placed(values: list[list[np.ndarray]]) -> jax.Array:
-        array = scatter(index, values, batch.targets.shape).reshape(passes.targets.shape)
-        return jnp.asarray(array, dtype)
-
-    token_logps = step.make_token_logps(
-        graphdef, temperature=TEMPERATURE, banned_tokens=BANNED, compute_dtype=dtype, head_chunk=4
-    )
-    clipped = case.loss == "clipped"
-    train_step = step.make_train_step(
-        token_logps,
-        functools.partial(LOSSES["clipped"], **CLIP) if clipped else nll,
-        optimizer,
-        shardings=step.state_shardings(state),
-        mesh=mesh,
-        kl=KL if clipped else 0,
-        kl_estimator=low_variance_kl if clipped else None,
-    )
-    logps, _ = step.make_pass_logps(token_logps, mesh=mesh)(step.all_params(state), passes)
-    assert logps.dtype == dtype
-    reference = placed(numbers.reference) if clipped else None
-    old = placed(numbers.old) if clipped else None
-    new, stats = train_step(state, passes, reference, old)
-    assert stats["finite/grad_norm"] == (1, 1)
-    assert stats["tokens"][0] == sum(map(sum, case.lengths))
-    arrays = weights.by_path(new.opt_state)
-    table = models.backbone_of(folder).table(cfg)
-    gradient = dict(weights.to_hf(arrays, {path: table[path] for path in arrays}))
-    return Result(float(stats["loss"][0]), index.per_sample(np.asarray(logps)), gradient)
-
-
 @functools.cache
-def checkpoint(folder, video: bool, tied: bool) -> dict[str, torch.nn.Module]:
-    folder.mkdir()
-    if video:
-        parts = write_vila(folder, tied=tied)
-        return {name: part for name, part in parts.items() if name != "vision_tower"}
-    return {"llm": write_text(folder, tied=tied)}
+def checkpoint(root, backbone: str, tied: bool):
+    write = {"text": write_text, "vila": write_vila, "qwen2_5_vl": write_qwen2_5_vl}[backbone]
+    folder = root / f"{backbone}, tied={tied}"
+    write(folder, tied=tied)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -323,31 +210,50 @@ def checkpoints(tmp_path_factory):
     ("name", "dtype"),
     [
         pytest.param(name, dtype, marks=() if (name, dtype) in FAST else pytest.mark.slow)
-        for name in CASES
+        for name, case in CASES.items()
         for dtype in BOUND
+        if dtype == "float32" or not any(case.grid)  # its model of torch has float32 parts
     ],
 )
 def test_a_group_row_equals_separate_sequences(checkpoints, name, dtype):
     assert jax.device_count() == 8
     case = CASES[name]
-    video = case.num_media > 0
-    folder = checkpoints / f"video={video}, tied={case.tied}"
-    parts = checkpoint(folder, video, case.tied)
+    backbone = "qwen2_5_vl" if any(case.grid) else "vila" if case.num_media else "text"
+    folder = checkpoint(checkpoints, backbone, case.tied)
     numbers = make_numbers(case, width=128)
+    exact = witness(folder, "float32" if any(case.grid) else "float64")
     with torch.no_grad():
-        logps = Witness(parts, "float64").logps(numbers)
+        logps = all_logps(exact, numbers)
     numbers = near(numbers, [[x.numpy() for x in group] for group in logps])
-    want = Witness(parts, dtype).run(case, numbers)
+    theirs = witness(folder, dtype)
+    logps = all_logps(theirs, numbers)
+    want_loss = token_mean(logps, numbers, loss=case.loss)
+    want_loss.backward()
+    want = {name: x.grad.numpy() for name, x in theirs.trained().items()}
+
     with jax.enable_x64(dtype == "float64"):
-        got = run_ours(case, numbers, folder, dtype)
-    for ours, theirs in zip(got.logps, want.logps, strict=True):
-        for a, b in zip(ours, theirs, strict=True):
-            np.testing.assert_allclose(a, b, rtol=0, atol=LOGP_ATOL[dtype])
-    assert abs(got.loss - want.loss) <= BOUND[dtype] * abs(want.loss)
-    assert got.gradient.keys() == want.gradient.keys()
+        got = run_update(
+            folder,
+            numbers,
+            keep_gradient(),
+            layout={
+                "num_rows": case.num_rows, "num_shards": case.num_shards, "order": case.order,
+                "groups_per_row": case.groups_per_row,
+            },
+            rows_per_pass=case.rows_per_pass,
+            dtype=dtype,
+            loss=case.loss,
+        )  # fmt: skip
+        gradient = got.by_name(got.state.opt_state)
+    assert len(set(got.rows)) == case.rows_used
+    assert got.tokens == sum(map(sum, case.lengths))
+    for of_group, theirs_of_group in zip(got.logps, logps, strict=True):
+        for a, b in zip(of_group, theirs_of_group, strict=True):
+            np.testing.assert_allclose(a, b.detach().numpy(), rtol=0, atol=LOGP_ATOL[dtype])
+    assert abs(got.loss - want_loss.item()) <= BOUND[dtype] * abs(want_loss.item())
+    assert gradient.keys() == want.keys()
     error = {
-        name: np.linalg.norm(got.gradient[name] - x) / np.linalg.norm(x)
-        for name, x in want.gradient.items()
+        name: np.linalg.norm(gradient[name] - x) / np.linalg.norm(x) for name, x in want.items()
     }
     worst = max(error, key=error.get)
     assert error[worst] <= BOUND[dtype], worst

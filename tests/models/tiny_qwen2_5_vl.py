@@ -120,14 +120,14 @@ def write_qwen2_5_vl(
     return model
 
 
-def their_patches(pixels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+def their_patches(pixels: np.ndarray, patch_size: int = PATCH) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixels [F, Y, X, 3] as their tower takes them: (rows of one patch each, grid [[t, y, x]])."""
     processor = transformers.Qwen2VLVideoProcessor(
-        patch_size=PATCH, merge_size=2, temporal_patch_size=UNIT
+        patch_size=patch_size, merge_size=2, temporal_patch_size=UNIT
     )
     rows, *grid = processor.patchify(
         torch.tensor(pixels).permute(0, 3, 1, 2)[None].contiguous(),
-        patch_size=PATCH,
+        patch_size=patch_size,
         merge_size=2,
         temporal_patch_size=UNIT,
     )

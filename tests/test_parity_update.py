@@ -1,0 +1,26 @@
+"""One optimizer step of a backbone, on group rows, against torch on separate sequences.
+
+benchmarks/parity.py puts the same numbers of all backbones, and more, into docs/parity.md.
+"""
+
+import parity_update
+import pytest
+from parity_backbones import write
+
+FAST = ("VILA: Llama, 3x3", "Qwen2.5-VL")  # 6 s each
+SLOW = ("Qwen2, tied head", "Qwen3", "VILA: Qwen2, 2x2")
+GRAD_BOUND = 1e-5  # of |difference| / |gradient| of every tensor: as tests/test_group_row.py
+STEP_BOUND = 1e-3  # of the learning rate, where the gradient is not small: eps is not nothing there
+
+
+@pytest.mark.parametrize(
+    "name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
+def test_one_step_is_that_of_torch(name, tmp_path):
+    found = parity_update.compare(write(name, tmp_path / "folder"))
+    for tensor, difference in found.gradient.items():
+        assert difference <= GRAD_BOUND, tensor
+    assert found.clear_share > 0.5  # of the numbers whose gradient is not 0
+    assert found.clear.max() <= STEP_BOUND * parity_update.OPTIMIZER.learning_rate
+    assert found.others.max() <= 2.001 * parity_update.OPTIMIZER.learning_rate  # Adam's two signs
+    assert found.moved.min() > 0  # every tensor moves
