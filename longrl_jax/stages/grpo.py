@@ -40,7 +40,7 @@ def run(cfg: Config) -> None:
     smallest = cfg.batch.smallest_bucket
     to_inputs = opened.make_prompt_embedder(policy, state, smallest_bucket=smallest)
     reference = opened.open_reference(cfg, policy, state)
-    pass_logps = update.make_pass_logps(cfg, policy)
+    pass_logps = update.make_pass_logps(cfg, policy, adapters=False)
     train_step = update.make_grpo_update(cfg, policy, state)
     advantage = pick(ADVANTAGES, cfg.algorithm.advantage, "algorithm.advantage")
     saver, state = saving.open_saver(cfg, policy, state, reference=reference)
