@@ -49,7 +49,8 @@ def table(backbone: ModuleType, cfg: Any, lora: Lora) -> dict[str, Param]:
             continue
         module = row.hf.removesuffix(".weight").replace(decoder.TEXT_MODULE, backbone.TEXT_MODULE)
         dim_in, dim_out = row.dims
-        for name, hf, dims in (("a", "A", (dim_in, None)), ("b", "B", (None, dim_out))):
+        rank_a, rank_b = (None if dim == "embed" else "rank" for dim in row.dims)
+        for name, hf, dims in (("a", "A", (dim_in, rank_a)), ("b", "B", (rank_b, dim_out))):
             at = f"{PEFT}{module}.lora_{hf}.weight"
             rows[f"{stem}.lora.{name}"] = Param(at, dims, transpose=(1, 0))
     return rows

@@ -132,14 +132,19 @@ def test_a_mesh_changes_neither_start_nor_gradients(golden):
         assert_close(got[name], x)
 
 
-def test_adapters_lie_as_their_kernels_do():
-    mesh = make_mesh(**MESH)
-    places = {path: tuple(x.sharding.spec) for path, x in shapes(mesh).items()}
-    both = ("fsdp", "seq")
-    assert places["text.layers.attn.q.lora.a"] == (None, both, None)
-    assert places["text.layers.attn.q.lora.b"] == (None, None, "tensor")
-    assert places["text.layers.mlp.down.lora.a"] == (None, "tensor", None)
-    assert places["text.layers.mlp.down.lora.b"] == (None, None, both)
+def test_adapters_are_split_over_all_devices_that_split_a_model():
+    mesh, both = make_mesh(**MESH), ("fsdp", "seq")
+    places = weights.shardings(shapes(), ROWS, mesh)
+    specs = {path: tuple(place.spec) for path, place in places.items()}
+    assert specs["text.layers.attn.q.lora.a"] == (None, both, None)
+    assert specs["text.layers.attn.q.lora.b"] == (None, None, "tensor")  # rank 2 on 4 devices
+    model = nnx.eval_shape(lambda: decoder.Model(CFG, rngs=nnx.Rngs(0)))
+    wide = lora.Lora(rank=8, alpha=1.0, targets=("q", "down"))
+    rows = lora.table(decoder, CFG, wide)
+    for path, x in lora.shapes(model, rows, wide, mesh).items():
+        of_a_device = math.prod(x.sharding.shard_shape(x.shape))
+        split = 4 if path in ("text.layers.attn.q.lora.a", "text.layers.mlp.down.lora.b") else 8
+        assert of_a_device * split == math.prod(x.shape), path
 
 
 @pytest.mark.parametrize("mesh", [None, MESH], ids=str)
