@@ -15,6 +15,8 @@ DEFAULT_FRAMES = 16
 """data.num_frames where neither the config nor the checkpoint says it."""
 MAX_SEED = 2**32 - 1
 """Grain takes no larger one."""
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+"""All kernels of a decoder layer."""
 MAX_SIMULATED_DEVICES = 512
 """Each is threads and buffers of this machine; a mistyped number must not take it down."""
 
@@ -60,6 +62,24 @@ def _check_processes(mesh: "MeshConfig") -> None:
         )
 
 
+def _check_lora(model: "ModelConfig") -> None:
+    if model.lora_rank < 0:
+        raise ValueError(f"model.lora_rank={model.lora_rank} must be 0 (no adapters) or more")
+    _positive("model.lora_alpha", model.lora_alpha)
+    for name in model.lora_targets:
+        _one_of("model.lora_targets", name, LORA_TARGETS)
+    if not model.lora_targets or len(set(model.lora_targets)) < len(model.lora_targets):
+        raise ValueError(
+            f"model.lora_targets={list(model.lora_targets)} must name kernels, each once; without "
+            "adapters set model.lora_rank=0"
+        )
+    if "text" in model.frozen:
+        raise ValueError(
+            f"model.frozen={list(model.frozen)} names text, whose adapters model.lora_rank="
+            f"{model.lora_rank} trains (its own weights are frozen anyway); take it out"
+        )
+
+
 def _check_timestamp(text: str) -> None:
     try:
         good = not text or text.format(t=1.0) != text.format(t=1000.0)
@@ -81,7 +101,17 @@ class ModelConfig:
     reference: str = ""
     """Folder of the reference policy for the KL term; empty: the starting checkpoint."""
     frozen: tuple[str, ...] = ("vision",)
-    """Parts that are not trained: vision, projector, text. The vision tower must be among them."""
+    """Parts that are not trained: vision, projector, text. The vision tower must be among them.
+    With adapters (lora_rank) the language model's own weights are frozen without being named here:
+    [vision] trains adapters and projector, [vision, projector] adapters alone."""
+    lora_rank: int = 0
+    """Rank of the LoRA adapters that are trained in place of the language model; 0: none. Engine
+    and RUN/export get them merged, RUN/adapter holds them alone (peft's format); the KL term's
+    reference is the model without them."""
+    lora_alpha: float = 16.0
+    """The product of an adapter counts lora_alpha / lora_rank times."""
+    lora_targets: tuple[str, ...] = LORA_TARGETS
+    """Kernels of every layer that have an adapter: q, k, v, o, gate, up, down."""
     compute_dtype: str = "bfloat16"
     """float32 or bfloat16: type of matmuls. Parameters, softmax and losses stay float32."""
     remat: str = "nothing"
@@ -101,6 +131,13 @@ class ModelConfig:
             )
         if {"projector", "text"} <= set(self.frozen):
             raise ValueError("model.frozen names every part, nothing is left to train; drop one")
+        if self.lora_rank:
+            _check_lora(self)
+
+    @property
+    def frozen_parts(self) -> tuple[str, ...]:
+        """Parts whose own weights are not trained, whatever adapters are."""
+        return (*self.frozen, "text") if self.lora_rank else self.frozen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -509,6 +546,11 @@ class Config:
     def __post_init__(self):
         _one_of("stage", self.stage, ("perception", "sft", "grpo"))
         _filled("run.dir", self.run.dir)
+        if self.stage == "perception" and self.model.lora_rank:
+            raise ValueError(
+                f"model.lora_rank={self.model.lora_rank}: stage=perception trains the projector "
+                "alone; set it to 0"
+            )
         grouped = self.stage == "grpo" and self.algorithm.needs_group
         if grouped and self.rollout.num_samples < 2:
             raise ValueError(
@@ -603,7 +645,8 @@ def _with_frames(cfg: Config) -> Config:
 def to_yaml(config: Config) -> str:
     """Returns the resolved config as YAML that `load` reads back to an equal config."""
     tree = dataclasses.asdict(config)
-    tree["model"]["frozen"] = list(config.model.frozen)
+    for name in ("frozen", "lora_targets"):
+        tree["model"][name] = list(tree["model"][name])
     return strict_yaml.dump(tree)
 
 

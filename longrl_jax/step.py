@@ -164,7 +164,8 @@ def _split_parts(
     def is_frozen(path: tuple[Any, ...], _: Any) -> bool:
         return path[0] in frozen_parts
 
-    graphdef, frozen, *rest = nnx.split(model, is_frozen, ...)
+    own = nnx.All(is_frozen, nnx.Not(nnx.LoRAParam))  # adapters train beside frozen kernels
+    graphdef, frozen, *rest = nnx.split(model, own, ...)
     (params,) = rest
     if not jax.tree.leaves(params):
         raise ValueError(f"model.frozen={list(frozen_parts)} leaves nothing to train; drop a part")

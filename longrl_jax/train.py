@@ -28,7 +28,8 @@ The run folder (run.dir) holds
                             evaluation_answers.jsonl: every answer of the last)
   checkpoints/              what the run goes on from (run.checkpoint_every, run.keep)
   journal/                  rollouts and rewards of the steps since the newest checkpoint (grpo)
-  export/                   the trained model as a Hugging Face folder
+  export/                   the trained model as a Hugging Face folder, adapters merged
+  adapter/                  the adapters alone, as peft opens them (model.lora_rank)
   finished.json             the last step, once nothing is left to do
   error.txt                 where a run that failed has failed (error_1.txt: process 1 of several)
 

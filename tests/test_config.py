@@ -69,6 +69,12 @@ def test_the_resolved_config_is_a_config(path, tmp_path):
         ("model.frozen=[]", "lacks 'vision'"),
         ("model.frozen=[vision, text, projector]", "nothing is left to train"),
         ("model.frozen=[tower]", "model.frozen='tower' is unknown"),
+        ("model.lora_rank=-1", r"model.lora_rank=-1 must be 0 \(no adapters\) or more"),
+        ("model={path: x, lora_rank: 4, lora_targets: []}", "must name kernels, each once"),
+        ("model={path: x, lora_rank: 4, lora_targets: [q, q]}", "must name kernels, each once"),
+        ("model={path: x, lora_rank: 4, lora_targets: [head]}", "'head' is unknown; choose one of"),
+        ("model={path: x, lora_rank: 4, lora_alpha: 0}", "model.lora_alpha=0.0 must be positive"),
+        ("model={path: x, lora_rank: 4, frozen: [vision, text]}", "names text, whose adapters"),
         ("rollout.tensor_parallel=2", "needs rollout.process=worker"),
         ("rollout.python=other/bin/python", "needs rollout.process=worker"),
         ("rollout.temperature=0.001", "at least 0.01"),
@@ -107,6 +113,11 @@ def test_bad_values_are_refused_by_name(path, override, message):
 def test_reinforce_plus_plus_needs_no_group(path):
     one = ["algorithm.advantage=reinforce_plus_plus", "rollout.num_samples=1"]
     assert config.load(path, one).rollout.num_samples == 1
+
+
+def test_perception_has_no_use_for_adapters(path):
+    with pytest.raises(ValueError, match="model.lora_rank=4: stage=perception"):
+        config.load(path, ["stage=perception", "model.lora_rank=4"])
 
 
 def test_attention_names_are_those_of_the_library(path):

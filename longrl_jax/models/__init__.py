@@ -23,6 +23,8 @@ BACKBONES: dict[str, ModuleType] = {
     "vila": vila,
 }
 """model_type of a config.json -> the module that knows it."""
+Parameters = nnx.Module | nnx.State | Mapping[str, Any]
+"""A model, its state, or {path: array or weights.Merged}."""
 COPIED = (".json", ".jinja", ".txt", ".md", ".model", "")
 """Ends of the files that an export takes over as they are."""
 
@@ -92,7 +94,7 @@ def abstract(backbone: ModuleType, cfg: Any, *, mesh: jax.sharding.Mesh) -> Any:
 
 def save(
     folder: Path | str,
-    model: nnx.Module | nnx.State,
+    model: Parameters,
     cfg: Any,
     source_folder: Path | str,
     *,
@@ -129,7 +131,7 @@ def save(
 
 def save_text(
     folder: Path | str,
-    model: nnx.Module | nnx.State,
+    model: Parameters,
     cfg: Any,
     source_folder: Path | str,
     *,
@@ -162,7 +164,7 @@ def llm_folder(folder: Path | str) -> Path:
     return Path(folder) / backbone_of(folder).LLM_FOLDER
 
 
-def llm_weights(model: nnx.Module | nnx.State, cfg: Any) -> Iterator[tuple[str, np.ndarray]]:
+def llm_weights(model: Parameters, cfg: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (name inside llm_folder, float32 array on the host), layer after layer.
 
     Always with lm_head.weight: vLLM keeps a packed copy of it, tied or not (docs/measured.md 2.5).
@@ -212,7 +214,7 @@ def write_parts(
         hf_files.write_tensors(folder / sub, inner, shard_size_bytes=shard_size_bytes)
 
 
-def follow_save(model: nnx.Module | nnx.State, cfg: Any) -> None:
+def follow_save(model: Parameters, cfg: Any) -> None:
     """Gathers, in the other processes of a run, what `save` gathers in the one that writes."""
     backbone = next(b for b in BACKBONES.values() if isinstance(cfg, b.Config))
     for sub in backbone.FOLDERS:
@@ -256,9 +258,11 @@ def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
-def arrays_of(model: nnx.Module | nnx.State) -> dict[str, Any]:
+def arrays_of(model: Parameters) -> dict[str, Any]:
     """Returns {path: array} of every parameter of a model, or of its state."""
-    return weights.by_path(model if isinstance(model, nnx.State) else nnx.state(model, nnx.Param))
+    if isinstance(model, nnx.Module):
+        model = nnx.state(model, nnx.Param)
+    return weights.by_path(model) if isinstance(model, nnx.State) else dict(model)
 
 
 def text_config(cfg: Any) -> decoder.Config:
@@ -266,9 +270,7 @@ def text_config(cfg: Any) -> decoder.Config:
     return next(b for b in BACKBONES.values() if isinstance(cfg, b.Config)).text_config(cfg)
 
 
-def _text_rows(
-    model: nnx.Module | nnx.State, cfg: Any
-) -> tuple[dict[str, Any], dict[str, weights.Param]]:
+def _text_rows(model: Parameters, cfg: Any) -> tuple[dict[str, Any], dict[str, weights.Param]]:
     """Returns the arrays of the part `text` and its table with the names inside llm_folder."""
     arrays = {p: x for p, x in arrays_of(model).items() if p.startswith("text.")}
     return arrays, decoder.table(text_config(cfg))

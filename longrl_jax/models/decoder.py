@@ -28,6 +28,8 @@ FOLDERS = ("",)
 """Sub-folders of a checkpoint that hold tensors."""
 LLM_FOLDER = ""
 """Sub-folder that the engine opens."""
+TEXT_MODULE = "model."
+"""How names of the decoder begin inside transformers' model."""
 HEAD = "lm_head.weight"
 MLP_CHUNK = 16384
 """Most tokens of one device whose MLP states exist at the same time, in both directions. Six arrays

@@ -45,10 +45,29 @@ class Linear(nnx.Module):
         std = 1 / math.sqrt(width_in) if std is None else std
         self.kernel = nnx.Param(std * rngs.params.normal((width_in, width_out)))
         self.bias = nnx.Param(jnp.zeros(width_out)) if bias else None
+        self.lora: Adapter | None = nnx.data(None)  # models.lora.attach sets it
 
     def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         y = x @ self.kernel.get_value().astype(x.dtype)
+        if self.lora is not None:
+            y += self.lora(x)
         return y if self.bias is None else y + self.bias.get_value().astype(x.dtype)
+
+
+class Adapter(nnx.Module):
+    """scale * x @ a @ b: a trained change, of low rank, of the kernel that it stands beside.
+
+    Source: LoRA, arXiv:2106.09685 section 4.1.
+    """
+
+    def __init__(self, a: Float[Array, "... i r"], b: Float[Array, "... r o"], *, scale: float):
+        self.a = nnx.LoRAParam(a)
+        self.b = nnx.LoRAParam(b)
+        self.scale = scale
+
+    def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        x_r = self.scale * (x @ self.a.get_value().astype(x.dtype))
+        return x_r @ self.b.get_value().astype(x.dtype)
 
 
 class RmsNorm(nnx.Module):

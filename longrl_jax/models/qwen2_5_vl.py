@@ -32,6 +32,8 @@ IGNORED: tuple[str, ...] = ()
 """Patterns of tensor names that we neither use nor change."""
 PUBLISHED, RENAMED = ("model.", "visual."), ("model.language_model.", "model.visual.")
 """How names of text and vision begin: in published folders; in transformers' memory since 4.52."""
+TEXT_MODULE = RENAMED[0]
+"""How names of the decoder begin inside transformers' model."""
 TOKEN_IDS = {
     "image_token_id": "<|image_pad|>",
     "video_token_id": "<|video_pad|>",

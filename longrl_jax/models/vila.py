@@ -36,6 +36,8 @@ IGNORED = (
     ),
 )
 """Patterns of tensor names that we neither use nor change."""
+TEXT_MODULE = decoder.TEXT_MODULE
+"""How names of the decoder begin inside transformers' model of LLM_FOLDER."""
 MEDIA_TOKEN, IMAGE_TOKEN = "<vila/video>", "<image>"
 ENCODER_VERSION = 2
 """Raise it when the same weights and frames would give other features."""

@@ -12,11 +12,30 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from longrl_jax.sharding import rules
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """A stacked kernel that is exported as kernel + scale * a @ b, computed in float32 and a layer
+    at a time."""
+
+    kernel: Any
+    """[L, i, o]"""
+    a: Any
+    """[L, i, r]"""
+    b: Any
+    """[L, r, o]"""
+    scale: float
+
+    def __len__(self) -> int:
+        return len(self.kernel)
+
 
 Leaf = jax.Array | jax.ShapeDtypeStruct | np.ndarray
 
@@ -136,14 +155,17 @@ def from_hf(
         yield path, out
 
 
-def shardings(abstract: nnx.State, table: Table, mesh: Mesh) -> dict[str, NamedSharding]:
+def shardings(
+    abstract: nnx.State | Mapping[str, Leaf], table: Table, mesh: Mesh
+) -> dict[str, NamedSharding]:
     """Returns {JAX path: sharding} from the logical dims of the table.
 
     A dim that does not divide by its mesh axes stays whole on every device (a vocabulary of odd
     size, for example), since a stored array cannot be split unevenly.
     """
     out = {}
-    for path, x in by_path(abstract).items():
+    arrays: Mapping[str, Any] = by_path(abstract) if isinstance(abstract, nnx.State) else abstract
+    for path, x in arrays.items():
         dims = (None,) * (x.ndim - len(table[path].dims)) + table[path].dims  # None: layers
         even = [
             dim if size % _num_parts(mesh, dim) == 0 else None
@@ -183,6 +205,10 @@ def to_host(x: Any) -> np.ndarray:
 
 
 def _to_host(x: Any, i: int | None = None) -> np.ndarray:
+    if isinstance(x, Merged):
+        place = x.kernel.sharding if isinstance(x.kernel, jax.Array) else None
+        mesh = place.mesh if isinstance(place, NamedSharding) else None
+        return np.asarray(_merge(mesh)(x.kernel, x.a, x.b, x.scale, i))
     if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding):
         x = _gather(x.sharding.mesh, i is not None)(x, i or 0)
     elif i is not None:
@@ -198,6 +224,20 @@ def _gather(mesh: Mesh, layer: bool) -> Callable[[jax.Array, int], jax.Array]:
         return jax.lax.dynamic_index_in_dim(x, i, keepdims=False) if layer else x
 
     return jax.jit(take, out_shardings=NamedSharding(mesh, rules.spec()))
+
+
+@functools.cache
+def _merge(mesh: Mesh | None) -> Callable[..., jax.Array]:
+    """Returns a program that computes the i-th layer of a Merged, whole on every device."""
+
+    def merge(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float, i: int) -> jax.Array:
+        layer = functools.partial(jax.lax.dynamic_index_in_dim, index=i, keepdims=False)
+        # highest: the learner's sums are float32's, and a GPU would take TF32 for these
+        change = jnp.matmul(layer(a), layer(b), precision=jax.lax.Precision.HIGHEST)
+        return layer(kernel).astype(jnp.float32) + scale * change
+
+    whole = None if mesh is None else NamedSharding(mesh, rules.spec())
+    return jax.jit(merge, out_shardings=whole)
 
 
 def _stacks(table: Table) -> dict[str, list[str]]:

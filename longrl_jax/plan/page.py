@@ -55,7 +55,8 @@ def _head(plan: Plan, hardware: Hardware | None) -> list[str]:
         f"         padded to {plan.row_tokens:,}; {plan.num_rows} rows a step in {plan.num_passes} "
         "passes",
         f"choices  model.remat={cfg.model.remat}, model.frozen={list(cfg.model.frozen)}, "
-        f"algorithm.kl={cfg.algorithm.kl:g}",
+        f"algorithm.kl={cfg.algorithm.kl:g}"
+        + (f", model.lora_rank={cfg.model.lora_rank}" if cfg.model.lora_rank else ""),
         f"kernel   {', '.join(plan.phases['update'].kernels)}; {100 * tiles.share:.1f} % of the "
         f"tiles are executed, the busiest device has {tiles.balance:.2f} times the mean",
     ]

@@ -9,6 +9,7 @@ from typing import Any
 
 from longrl_jax import models
 from longrl_jax.config import Config
+from longrl_jax.models import lora
 from longrl_jax.plan import bill, programs
 from longrl_jax.plan.compiled import Compiled, Tiles, compile_phase, tiles_of
 from longrl_jax.plan.hardware import Hardware
@@ -81,7 +82,9 @@ def make(
             compiled[name] = compile_phase(phase, hardware, num_devices=len(devices), tiles=tiles)
     trained = programs.shard_bytes(state.params)
     with_kl = cfg.stage == "grpo" and cfg.algorithm.kl > 0
-    own = trained + (programs.shard_bytes(state.frozen) if cfg.model.reference else 0)
+    own = programs.shard_bytes(lora.base(state.params))
+    if cfg.model.reference:
+        own += programs.shard_bytes(state.frozen)
     language = language_parameters(policy)
     engine = None
     if cfg.stage == "grpo" and hardware is not None:

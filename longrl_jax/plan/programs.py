@@ -12,10 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from longrl_jax import batching, encode, models, step
 from longrl_jax.config import Config
+from longrl_jax.models import lora
 from longrl_jax.optimizer import make_optimizer
 from longrl_jax.sharding import AXES, make_mesh, spec
 from longrl_jax.stages import policy as opened
@@ -129,12 +131,18 @@ def abstract_policy(cfg: Config, mesh: Mesh) -> tuple[Policy, step.TrainState]:
     opened.check_heads(backbone.text_config(model_cfg), cfg)
     model = models.abstract(backbone, model_cfg, mesh=mesh)
     optimizer = make_optimizer(cfg.optimizer, cfg.run.num_steps)
-    graphdef, state = step.abstract_state(model, cfg.model.frozen, optimizer, mesh)
+    base_graphdef, adapters = nnx.graphdef(model), opened.lora_of(cfg.model)
+    if adapters is not None:
+        rows = lora.table(backbone, model_cfg, adapters)
+        lora.attach(model, lora.shapes(model, rows, adapters, mesh), adapters)
+    graphdef, state = step.abstract_state(model, cfg.model.frozen_parts, optimizer, mesh)
     policy = Policy(
         folder=Path(cfg.model.path),
         backbone=backbone,
         model_cfg=model_cfg,
         graphdef=graphdef,
+        base_graphdef=base_graphdef,
+        lora=adapters,
         mesh=mesh,
         tokenizer=None,
         layout=opened.media_layout(backbone, model_cfg, cfg.data),
@@ -198,8 +206,9 @@ def trace_all(
         phases["embed"] = _embed(cfg, policy, state, row)
     logps_nBA = None
     if cfg.stage == "grpo" and cfg.algorithm.kl:
-        program = update.make_pass_logps(cfg, policy)
-        phases["logps"] = Phase("logps", program.trace(step.all_params(state), batch), batch)
+        program = update.make_pass_logps(cfg, policy, adapters=False)
+        reference = lora.base(step.all_params(state))
+        phases["logps"] = Phase("logps", program.trace(reference, batch), batch)
         if cfg.algorithm.kl_in == "loss":
             logps_nBA = batch.engine_logps  # of the same shape and place
     make = update.make_grpo_update if cfg.stage == "grpo" else update.make_sft_update

@@ -10,6 +10,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "tokens": ("seq",),  # of a row
     "frames": ("data", "fsdp", "seq"),  # of one video, while it is encoded
     "embed": ("fsdp", "seq"),  # of a weight; activations keep their width whole
+    "rank": ("fsdp", "seq"),  # of an adapter's matrix that has no "embed" (models/lora.py)
     "heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),

@@ -96,7 +96,7 @@ class Learner:
     ):
         """state: any of this policy; it says where arrays lie. reference: of the KL term."""
         self._cfg, self._policy, self._reference, self._phases = cfg, policy, reference, phases
-        self._pass_logps = update.make_pass_logps(cfg, policy)
+        self._pass_logps = update.make_pass_logps(cfg, policy, adapters=False)
         self._train_step = update.make_grpo_update(cfg, policy, state)
         self._token_kls = update.make_token_kls(cfg)
         self._advantage = pick(ADVANTAGES, cfg.algorithm.advantage, "algorithm.advantage")

@@ -18,8 +18,10 @@ from flax import nnx
 import rollout_bridge
 from longrl_jax import encode, models, processes, step
 from longrl_jax.batching import bucket
-from longrl_jax.config import Config, DataConfig
+from longrl_jax.config import Config, DataConfig, ModelConfig
 from longrl_jax.data import prompts
+from longrl_jax.models import lora
+from longrl_jax.models.lora import Lora
 from longrl_jax.optimizer import make_optimizer
 from longrl_jax.sharding import AXES, make_mesh, to_local, ulysses_size
 from longrl_jax.types import MediaLayout, Prompt
@@ -42,6 +44,9 @@ class Policy:
     """The module of longrl_jax.models that knows this kind of checkpoint."""
     model_cfg: Any
     graphdef: nnx.GraphDef
+    base_graphdef: nnx.GraphDef
+    """Of the model with adapters off; graphdef itself where there are none."""
+    lora: Lora | None
     mesh: jax.sharding.Mesh
     tokenizer: Any
     layout: MediaLayout | None
@@ -55,7 +60,10 @@ class Policy:
 
 
 def open_policy(cfg: Config, *, trains: bool = True) -> tuple[Policy, step.TrainState]:
-    """Loads model.path onto the mesh; parts that are not frozen get an optimizer, if it trains."""
+    """Loads model.path onto the mesh; parts that are not frozen get an optimizer, if it trains.
+
+    So do the adapters of model.lora_rank, which exist only while training.
+    """
     mesh = make_mesh(**{axis: getattr(cfg.mesh, axis) for axis in AXES})
     owners = [device.process_index for device in mesh.devices.flat]
     assert owners == sorted(owners), f"the rows of a process are not neighbours: {owners}"
@@ -72,12 +80,19 @@ def open_policy(cfg: Config, *, trains: bool = True) -> tuple[Policy, step.Train
         prompts.add_media_tokens(tokenizer, layout)
     media = prompts.media_token_ids(tokenizer)
     optimizer = make_optimizer(cfg.optimizer, cfg.run.num_steps) if trains else optax.identity()
-    graphdef, state = step.init_state(model, cfg.model.frozen, optimizer, mesh)
+    base_graphdef, adapters = nnx.graphdef(model), lora_of(cfg.model) if trains else None
+    if adapters is not None:
+        wanted = lora.shapes(model, lora.table(backbone, model_cfg, adapters), adapters, mesh)
+        lora.attach(model, lora.start(wanted, seed=cfg.seed), adapters)
+    parts = cfg.model.frozen_parts if trains else cfg.model.frozen
+    graphdef, state = step.init_state(model, parts, optimizer, mesh)
     policy = Policy(
         folder=folder,
         backbone=backbone,
         model_cfg=model_cfg,
         graphdef=graphdef,
+        base_graphdef=base_graphdef,
+        lora=adapters,
         mesh=mesh,
         tokenizer=tokenizer,
         layout=layout,
@@ -87,6 +102,13 @@ def open_policy(cfg: Config, *, trains: bool = True) -> tuple[Policy, step.Train
         compute_dtype=DTYPES[cfg.model.compute_dtype],
     )
     return policy, state
+
+
+def lora_of(model: ModelConfig) -> Lora | None:
+    """Returns the config's adapters; None without."""
+    if not model.lora_rank:
+        return None
+    return Lora(rank=model.lora_rank, alpha=model.lora_alpha, targets=model.lora_targets)
 
 
 def media_layout(backbone: Any, model_cfg: Any, data: DataConfig) -> MediaLayout | None:
@@ -186,15 +208,18 @@ def open_tokenizer(folder: Path, vocab_size: int) -> tuple[Any, tuple[int, ...]]
 
 
 def open_reference(cfg: Config, policy: Policy, state: step.TrainState) -> nnx.State | None:
-    """Returns the parameters of the KL term's reference; None where algorithm.kl is 0.
+    """Returns the parameters of the KL term's reference, of policy.base_graphdef; None where
+    algorithm.kl is 0.
 
     They are the start of the run, or model.reference, which must have the frozen media stages of
-    model.path: the stored features of a video serve both.
+    model.path: the stored features of a video serve both. The start shares the frozen arrays of the
+    state: with adapters, the whole language model.
     """
     if not cfg.algorithm.kl:
         return None
     if not cfg.model.reference:
-        start = jax.tree.map(jnp.copy, state.params)  # the update consumes the policy's own
+        # the update consumes the policy's own
+        start = jax.tree.map(jnp.copy, lora.base(state.params))
         return nnx.merge_state(state.frozen, start)
     model_cfg, model = models.load(cfg.model.reference, mesh=policy.mesh)
     if model_cfg != policy.model_cfg:
@@ -365,19 +390,31 @@ def push(
 ) -> None:
     """Gives the language model's current weights to every engine of this process; all processes
     must call it, and gather every layer together."""
-    weights = models.llm_weights(step.all_params(state), policy.model_cfg)
+    merged = lora.merged(step.all_params(state), policy.lora)
+    weights = models.llm_weights(merged, policy.model_cfg)
     rollout_bridge.sync_all(engines, weights, version)
 
 
 def export(policy: Policy, state: step.TrainState, folder: Path, *, dtype: str = "") -> None:
-    """Writes the model as a Hugging Face folder that transformers and vLLM load; all processes must
-    call it, the first one writes.
+    """Writes the model, adapters merged, as a Hugging Face folder that transformers and vLLM load;
+    all processes must call it, the first one writes.
 
     dtype: run.export_dtype.
     """
-    params = step.all_params(state)
+    params = lora.merged(step.all_params(state), policy.lora)
     if not processes.is_first():
         models.follow_save(params, policy.model_cfg)
         return
     chosen = np.dtype(DTYPES[dtype]) if dtype else None
     models.save(folder, params, policy.model_cfg, policy.folder, dtype=chosen)
+
+
+def export_adapter(policy: Policy, state: step.TrainState, folder: Path) -> None:
+    """Writes the adapters alone, as peft opens them; all processes must call it."""
+    assert policy.lora is not None, "there are no adapters"
+    where = policy.backbone, policy.model_cfg, policy.lora
+    if not processes.is_first():
+        for _ in lora.tensors_of(state.params, *where):
+            pass
+        return
+    lora.save(folder, state.params, *where, base_folder=models.llm_folder(policy.folder))

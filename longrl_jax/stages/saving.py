@@ -141,11 +141,15 @@ class Saver:
         journal.forget(self._folder / run_folder.JOURNAL, self._run.num_steps)
 
     def export(self, state: step.TrainState) -> None:
-        """Writes export/ in place of what an earlier end of the run has left there."""
+        """Writes export/ (and adapter/, if the run has one) in place of what an earlier end of the
+        run has left there."""
+        export, adapter = self._folder / "export", self._folder / "adapter"
         if processes.is_first():
-            shutil.rmtree(self._folder / "export", ignore_errors=True)
-        dtype = self._run.export_dtype
-        opened.export(self._policy, state, self._folder / "export", dtype=dtype)
+            for folder in (export, adapter):
+                shutil.rmtree(folder, ignore_errors=True)
+        opened.export(self._policy, state, export, dtype=self._run.export_dtype)
+        if self._policy.lora is not None:
+            opened.export_adapter(self._policy, state, adapter)
 
     def _is_best(self, scores: Mapping[str, float] | None) -> bool:
         name = self._run.best_metric

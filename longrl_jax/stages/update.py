@@ -66,10 +66,15 @@ def num_rows(cfg: Config) -> int:
     return math.ceil(cfg.batch.groups / whole) * whole
 
 
-def make_token_logps(cfg: Config, policy: Policy, *, temperature: float) -> step.TokenLogps:
-    """Returns log p of the targets under the distribution that the engine samples from."""
+def make_token_logps(
+    cfg: Config, policy: Policy, *, temperature: float, adapters: bool = True
+) -> step.TokenLogps:
+    """Returns log p of the targets under the distribution that the engine samples from.
+
+    adapters: of the policy; False: of parameters without adapters (open_reference).
+    """
     return step.make_token_logps(
-        policy.graphdef,
+        policy.graphdef if adapters else policy.base_graphdef,
         temperature=temperature,
         banned_tokens=policy.banned_tokens,
         remat=cfg.model.remat,
@@ -130,9 +135,11 @@ def make_sft_update(cfg: Config, policy: Policy, state: step.TrainState) -> step
     )
 
 
-def make_pass_logps(cfg: Config, policy: Policy) -> step.CountedJit:
-    """Returns (params, passes) -> (log p of the targets, entropy), both [n, B, A]."""
-    token_logps = make_token_logps(cfg, policy, temperature=cfg.rollout.temperature)
+def make_pass_logps(cfg: Config, policy: Policy, *, adapters: bool = True) -> step.CountedJit:
+    """Returns (params, passes) -> (log p of the targets, entropy), both [n, B, A]; adapters as in
+    make_token_logps."""
+    temperature = cfg.rollout.temperature
+    token_logps = make_token_logps(cfg, policy, temperature=temperature, adapters=adapters)
     return step.make_pass_logps(token_logps, mesh=policy.mesh)
 
 

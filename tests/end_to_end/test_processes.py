@@ -88,7 +88,8 @@ def exported(folder: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
-def test_two_processes_of_four_devices_learn_what_one_of_eight_does(configured, tmp_path):
+@pytest.mark.parametrize("adapters", ["model.lora_rank=0", "model.lora_rank=4"])
+def test_two_processes_of_four_devices_learn_what_one_of_eight_does(configured, tmp_path, adapters):
     """In the last step process 0 has nothing: the film of its only prompt is none."""
     settings = (
         ONE_BY_EIGHT,
@@ -97,6 +98,7 @@ def test_two_processes_of_four_devices_learn_what_one_of_eight_does(configured, 
         "data.validation=",
         "model.compute_dtype=float32",
         "optimizer={learning_rate: 0.001}",
+        adapters,
     )
     one, two = (
         configured(
