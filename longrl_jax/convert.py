@@ -111,8 +111,9 @@ def init(
 def from_hf(folder: Path, out: Path) -> int:
     """Checks a folder as training would, copies it and compares every tensor, byte by byte.
 
-    Returns the number of tensors. Raises ValueError, before anything is written, for whatever
-    training would refuse: tensors, configs, tokenizer and chat template.
+    Returns the number of tensors. Raises ValueError for whatever training would refuse: tensors,
+    configs, tokenizer and chat template; before anything is written, but for a NaN, which is seen
+    while it is copied. Nothing stays of a copy that is refused.
     """
     from longrl_jax.stages.policy import open_tokenizer  # here: no other command needs the stages
 

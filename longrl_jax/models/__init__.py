@@ -253,10 +253,7 @@ def write_whole(folder: Path, write: Callable[[Path], None], *, resumes: bool = 
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} exists and is not empty; name a new folder or remove it")
     partial = folder.with_name(f".{folder.name}.partial")
-    way_out = "free some space, or name a folder on another disk"
-    if resumes:
-        way_out += f" (finished files are kept in {partial}: the same command goes on)"
-    else:
+    if not resumes:
         shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -265,8 +262,14 @@ def write_whole(folder: Path, write: Callable[[Path], None], *, resumes: bool = 
             folder.rmdir()
         partial.rename(folder)
     except BaseException as error:
+        keeps = (
+            resumes and not isinstance(error, ValueError) and any(partial.rglob("*.safetensors"))
+        )
+        way_out = "free some space, or name a folder on another disk"
+        if keeps:
+            way_out += f" (finished files are kept in {partial}: the same command goes on)"
         said = disk_error(error, folder, way_out) if isinstance(error, OSError) else None
-        if not resumes or isinstance(error, ValueError):
+        if not keeps:
             shutil.rmtree(partial, ignore_errors=True)
         if said is None:
             raise

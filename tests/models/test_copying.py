@@ -150,15 +150,24 @@ def test_what_is_left_of_another_copy_is_not_gone_on_with(killed, tmp_path, chan
     assert sha256sum(out) == 0
 
 
-def test_an_interrupted_copy_keeps_and_a_refused_one_removes_what_it_wrote(text, tmp_path):
-    def full(path, *_):
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+@pytest.mark.parametrize(("room", "said"), [(0, "on another disk$"), (3, "same command goes on")])
+def test_a_full_disk_keeps_finished_files(text, tmp_path, monkeypatch, room, said):
+    write, calls = hf_files.write_shard, []
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf_files, "write_shard", full)
-        with pytest.raises(OSError, match="the same command goes on"):
-            copying.copy(text, tmp_path / "out")
-    assert (tmp_path / ".out.partial").exists()
+    def write_until_full(path, *rest):
+        calls.append(path)
+        if len(calls) > room:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, *rest)
+
+    monkeypatch.setattr(hf_files, "write_shard", write_until_full)
+    with pytest.raises(OSError, match=said):
+        copying.copy(text, tmp_path / "out", shard_size_bytes=SHARD_BYTES)
+    assert len(list(tmp_path.glob(".out.partial/*.safetensors"))) == room
+    assert room or not list(tmp_path.iterdir())
+
+
+def test_numbers_that_the_other_type_cannot_hold_are_refused(text, tmp_path):
     large = tmp_path / "large"
     shutil.copytree(text, large)
     state = load_file(text / "model.safetensors")
