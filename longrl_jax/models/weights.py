@@ -271,7 +271,7 @@ def _export_order(arrays: Mapping[str, Leaf], table: Table) -> Iterator[tuple[st
         if not stacked(row):
             yield path, None
     for paths in _stacks(table).values():
-        for i in range(arrays[paths[0]].shape[0]):
+        for i in range(len(arrays[paths[0]])):
             for path in paths:
                 yield path, i
 
