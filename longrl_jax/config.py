@@ -97,7 +97,8 @@ class ModelConfig:
     """The policy. Its sizes come from the checkpoint's config.json, never from here."""
 
     path: str
-    """Hugging Face folder of the starting checkpoint (python -m longrl_jax.convert makes them)."""
+    """Hugging Face folder of the starting checkpoint (python -m longrl_jax.convert makes some), or
+    a merged global_step_N of Long-RL or EasyR1 (docs/from_long_rl.md)."""
     reference: str = ""
     """Folder of the reference policy for the KL term; empty: the starting checkpoint."""
     frozen: tuple[str, ...] = ("vision",)

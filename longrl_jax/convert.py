@@ -21,7 +21,7 @@ from flax import nnx
 
 from longrl_jax import models
 from longrl_jax.config import pick
-from longrl_jax.models import hf_files
+from longrl_jax.models import copying, hf_files
 from longrl_jax.models.rope import rates
 from longrl_jax.models.vila import PARTS
 
@@ -111,47 +111,27 @@ def init(
 
 
 def from_hf(folder: Path, out: Path) -> int:
-    """Loads a folder through the table, writes it again and compares every tensor, byte by byte.
+    """Checks a folder as training would, copies it and compares every tensor, byte by byte.
 
-    Returns the number of tensors. Raises ValueError, before anything is written, for whatever
-    training would refuse: tensors, configs, tokenizer and chat template.
+    Returns the number of tensors. Raises ValueError for whatever training would refuse: tensors,
+    configs, tokenizer and chat template; before anything is written, but for a NaN, which is seen
+    while it is copied. Nothing stays of a copy that is refused.
     """
     from longrl_jax.stages.policy import open_tokenizer  # here: no other command needs the stages
 
     backbone = models.backbone_of(folder)
     text = backbone.text_config(backbone.read_config(folder))
     open_tokenizer(models.llm_folder(folder), text.vocab_size)  # before minutes of reading tensors
-    cfg, model = models.load(folder)
-    models.save(out, model, cfg, folder)
+    copying.copy(folder, out)
     before, after = (hf_files.open_tensors(f, backbone.FOLDERS) for f in (folder, out))
     if odd := sorted(set(before) ^ set(after)):
         raise ValueError(f"{odd[0]} is in only one of {folder} and {out}")
-    for name in before:
-        x, y = before[name], after[name]
-        if x.dtype != y.dtype or x.shape != y.shape or x.tobytes() != y.tobytes():
-            raise ValueError(f"{name} differs between {folder} and {out}; is its type a float?")
+    for name, x in before.items():
+        y = after[name]
+        same = (x.dtype, x.shape) == (y.dtype, y.shape)
+        if not (same and all(x[i].tobytes() == y[i].tobytes() for i in x.blocks())):
+            raise ValueError(f"{name} differs between {folder} and {out}; is the disk damaged?")
     return len(before)
-
-
-def to_hf(
-    folder: Path,
-    out: Path,
-    *,
-    dtype: str = "",
-    text_only: bool = False,
-    shard_gib: float = 4.0,
-) -> None:
-    """Writes a folder for others: another type, other shards, or the language model alone."""
-    cfg, model = models.load(folder)
-    save = models.save_text if text_only else models.save
-    save(
-        out,
-        model,
-        cfg,
-        folder,
-        dtype=pick(DTYPES, dtype, "--dtype") if dtype else None,
-        shard_size_bytes=int(shard_gib * 2**30),
-    )
 
 
 def inspect(folder: Path) -> Iterator[str]:
@@ -187,13 +167,13 @@ def inspect(folder: Path) -> Iterator[str]:
             )
     count: collections.Counter[str] = collections.Counter()
     size_bytes: collections.Counter[str] = collections.Counter()
-    for tensor in tensors:
+    for tensor, x in tensors.items():
         part = tensor.partition("/")[0] if "/" in tensor else "llm"
         part = "visual" if "visual." in tensor else part
-        key = f"{part} {tensors.dtype(tensor)}"
-        size = int(np.prod(tensors.shape(tensor)))
-        count[key] += size
-        size_bytes[key] += size * tensors.dtype(tensor).itemsize
+        key = f"{part} {x.dtype}"
+        spec = hf_files.Spec(tensor, x.dtype, x.shape)
+        count[key] += spec.size_bytes // x.dtype.itemsize
+        size_bytes[key] += spec.size_bytes
     for key in sorted(count):
         yield f"{key}: {count[key]:,} numbers, {size_bytes[key] / 2**20:,.1f} MiB"
 
@@ -340,9 +320,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_run_to_hf)
 
+    command = commands.add_parser(
+        "verify", help="compare files with SHA256SUMS, or with what `hf download` noted"
+    )
+    command.add_argument("folder", type=Path)
+    command.set_defaults(run=_run_verify)
+
     command = commands.add_parser("inspect", help="say what a folder holds, without reading arrays")
     command.add_argument("folder", type=Path)
-    command.set_defaults(run=lambda args: inspect(args.folder))
+    command.set_defaults(run=lambda args: inspect(models.find_folder(args.folder)))
     return parser
 
 
@@ -365,21 +351,25 @@ def _run_init(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _run_from_hf(args: argparse.Namespace) -> Iterator[str]:
-    count = from_hf(args.folder, args.out)
+    count = from_hf(models.find_folder(args.folder), args.out)
     yield f"{args.out}: {count} tensors, each equal to its source byte by byte"
 
 
 def _run_to_hf(args: argparse.Namespace) -> Iterator[str]:
     if not args.shard_gib > 0:
         raise ValueError(f"--shard-gib={args.shard_gib:g} must be positive")
-    to_hf(
-        args.folder,
+    copying.copy(
+        models.find_folder(args.folder),
         args.out,
-        dtype=args.dtype,
+        dtype=pick(DTYPES, args.dtype, "--dtype") if args.dtype else None,
         text_only=args.text_only,
-        shard_gib=args.shard_gib,
+        shard_size_bytes=int(args.shard_gib * 2**30),
     )
     yield from inspect(args.out)
+
+
+def _run_verify(args: argparse.Namespace) -> Iterator[str]:
+    yield f"{args.folder}: {copying.verify(args.folder)} files are what their digests say"
 
 
 if __name__ == "__main__":

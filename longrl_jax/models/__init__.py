@@ -1,9 +1,10 @@
 """Backbones: a checkpoint folder to a model on the mesh, and back."""
 
+import dataclasses
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from tqdm import tqdm
 
 from longrl_jax.models import decoder, hf_files, qwen2_5_vl, vila, weights
 from longrl_jax.models.weights import to_host as to_host
@@ -27,6 +29,8 @@ Parameters = nnx.Module | nnx.State | Mapping[str, Any]
 """A model, its state, or {path: array or weights.Merged}."""
 COPIED = (".json", ".jinja", ".txt", ".md", ".model", "")
 """Ends of the files that an export takes over as they are."""
+BAR_DELAY_S = 3
+"""Seconds before loading shows a progress bar."""
 
 
 def backbone_of(source: Path | str | Mapping[str, Any], *, where: str = "") -> ModuleType:
@@ -43,8 +47,32 @@ def backbone_of(source: Path | str | Mapping[str, Any], *, where: str = "") -> M
     return BACKBONES[model_type]
 
 
+def find_folder(path: Path | str) -> Path:
+    """Returns the Hugging Face folder that a path means: itself, or huggingface/ in a checkpoint of
+    Long-RL or EasyR1 (.../global_step_N, or its actor/).
+
+    Raises ValueError where that holds no weights yet: theirs are pickled, which may run code, and
+    are never opened.
+    """
+    path = Path(path)
+    inside = ("huggingface", "actor/huggingface")
+    folder = next((path / sub for sub in inside if (path / sub / "config.json").is_file()), path)
+    steps = sorted(path.glob("global_step_*"), key=lambda step: (len(step.name), step.name))
+    if steps and not (path / "config.json").exists():
+        raise ValueError(f"{path} holds {len(steps)} checkpoints; name one of them: {steps[-1]}")
+    pickles = sorted(folder.parent.glob("model_world_size_*_rank_*.pt"))
+    if folder.name == "huggingface" and pickles and not any(folder.rglob("*.safetensors")):
+        raise ValueError(
+            f"{folder} holds no weights yet, they are in {pickles[0].name} beside it, which may "
+            "run code and is never opened here; merge them in Long-RL or EasyR1 first: python3 "
+            f"scripts/model_merger.py --local_dir {folder.parent}"
+        )
+    return folder
+
+
 def load(folder: Path | str, *, mesh: jax.sharding.Mesh | None = None) -> tuple[Any, Any]:
-    """Returns (config, model) of a checkpoint folder; parameters are float32, placed on the mesh.
+    """Returns (config, model) of a checkpoint folder; parameters are float32, placed on the mesh,
+    of which every process reads its own part.
 
     Raises ValueError for whatever a table does not account for: a missing or left-over tensor, a
     wrong shape, a NaN.
@@ -55,14 +83,17 @@ def load(folder: Path | str, *, mesh: jax.sharding.Mesh | None = None) -> tuple[
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: backbone.Model(cfg, rngs=nnx.Rngs(0))))
     table = backbone.table(cfg)
     tensors = hf_files.open_tensors(folder, backbone.FOLDERS)
-    places = weights.shardings(abstract, table, mesh) if mesh is not None else {}
-    arrays: dict[str, jax.Array] = {}
+    rows: Iterator[tuple[str, Any]]
+    if mesh is None:
+        rows = weights.from_hf(abstract, table, tensors, ignored=backbone.IGNORED)
+    else:
+        places = weights.shardings(abstract, table, mesh)
+        rows = weights.placed(abstract, table, tensors, places, ignored=backbone.IGNORED)
+    bar = tqdm(rows, desc="parameters", total=len(table), delay=BAR_DELAY_S, leave=False)
     try:
-        for path, x in weights.from_hf(abstract, table, tensors, ignored=backbone.IGNORED):
-            if mesh is None:
-                arrays[path] = jax.numpy.asarray(x)
-            else:  # by callback: in a run of many processes each one places its own part
-                arrays[path] = jax.make_array_from_callback(x.shape, places[path], x.__getitem__)
+        arrays: dict[str, jax.Array] = {
+            path: x if isinstance(x, jax.Array) else jax.numpy.asarray(x) for path, x in bar
+        }
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     return cfg, nnx.merge(graphdef, weights.with_arrays(abstract, arrays))
@@ -71,7 +102,7 @@ def load(folder: Path | str, *, mesh: jax.sharding.Mesh | None = None) -> tuple[
 def read_shape(path: Path | str) -> tuple[ModuleType, Any]:
     """Returns (backbone, config) of a checkpoint folder, with or without tensors, or of a
     config.json alone (for VILA one that holds the parts' configs, as `convert init` takes)."""
-    path = Path(path)
+    path = find_folder(path)
     if path.is_dir():
         backbone = backbone_of(path)
         return backbone, backbone.read_config(path)
@@ -113,48 +144,18 @@ def save(
     table, arrays = backbone.table(cfg), arrays_of(model)
 
     def write(partial: Path) -> None:
-        _copy_text_files(source, partial, backbone.FOLDERS)
+        copy_text_files(source, partial, {sub: sub for sub in ("", *backbone.FOLDERS)})
         if dtype is not None:
-            _set_dtype(partial, backbone.FOLDERS, dtype)
+            set_dtype(partial, ("", *backbone.FOLDERS), dtype)
         write_parts(
             partial,
             backbone,
             table,
             arrays,
-            dtype_of=lambda name: dtype or tensors.dtype(name),
+            dtype_of=lambda name: dtype or tensors[name].dtype,
             source=tensors,
             shard_size_bytes=shard_size_bytes,
         )
-
-    write_whole(folder, write)
-
-
-def save_text(
-    folder: Path | str,
-    model: Parameters,
-    cfg: Any,
-    source_folder: Path | str,
-    *,
-    dtype: np.dtype | None = None,
-    shard_size_bytes: int = hf_files.SHARD_SIZE_BYTES,
-) -> None:
-    """Writes the language model alone, as a plain folder of its own architecture."""
-    if text_config(cfg).rope.sections:
-        raise ValueError(
-            f"{source_folder}: its language model has positions in three dims, which no text-only "
-            "architecture has; export the whole"
-        )
-    folder, inner = Path(folder), llm_folder(source_folder)
-    tensors = hf_files.open_tensors(inner)
-    ours = weights.to_hf(
-        *_text_rows(model, cfg), dtype_of=lambda n: dtype or tensors.dtype(n), copies=tensors
-    )
-
-    def write(partial: Path) -> None:
-        _copy_text_files(inner, partial, ("",))
-        if dtype is not None:
-            _set_dtype(partial, ("",), dtype)
-        hf_files.write_tensors(partial, ours, shard_size_bytes=shard_size_bytes)
 
     write_whole(folder, write)
 
@@ -197,7 +198,7 @@ def write_parts(
     arrays: Mapping[str, weights.Leaf],
     *,
     dtype_of: Callable[[str], np.dtype] | None = None,
-    source: Mapping[str, np.ndarray] | None = None,
+    source: Mapping[str, hf_files.Stored] | None = None,
     shard_size_bytes: int = hf_files.SHARD_SIZE_BYTES,
 ) -> None:
     """Writes every tensor of a model in the sub-folders of its backbone, and those of `source`
@@ -205,57 +206,76 @@ def write_parts(
     weights.check_same_keys(arrays, table)  # below, each sub-folder sees its own rows only
     for sub in backbone.FOLDERS:
         start = f"{sub}/" if sub else ""
-        ours = _tensors_below(start, table, arrays, dtype_of, copies=source or ())
-        names = [
-            n for n in source or () if n.startswith(start) and weights.matches(n, backbone.IGNORED)
+        rows, ours = _below(start, table, arrays)
+        unused = {
+            name: x
+            for name, x in (source or {}).items()
+            if name.startswith(start) and weights.matches(name, backbone.IGNORED)
+        }
+        specs = [
+            *weights.specs(ours, rows, dtype_of=dtype_of, copies=source or ()),
+            *(hf_files.Spec(name, x.dtype, x.shape) for name, x in unused.items()),
         ]
-        unused = ((name, source[name]) for name in names) if source is not None else ()
-        inner = ((name.removeprefix(start), x) for name, x in itertools.chain(ours, unused))
-        hf_files.write_tensors(folder / sub, inner, shard_size_bytes=shard_size_bytes)
+        tensors = itertools.chain(
+            weights.to_hf(ours, rows, dtype_of=dtype_of, copies=source or ()),
+            ((name, x[...]) for name, x in unused.items()),
+        )
+        hf_files.write_tensors(
+            folder / sub,
+            [dataclasses.replace(spec, name=spec.name.removeprefix(start)) for spec in specs],
+            ((name.removeprefix(start), x) for name, x in tensors),
+            shard_size_bytes=shard_size_bytes,
+        )
 
 
 def follow_save(model: Parameters, cfg: Any) -> None:
     """Gathers, in the other processes of a run, what `save` gathers in the one that writes."""
     backbone = next(b for b in BACKBONES.values() if isinstance(cfg, b.Config))
     for sub in backbone.FOLDERS:
-        start = f"{sub}/" if sub else ""
-        for _ in _tensors_below(start, backbone.table(cfg), arrays_of(model), None):
+        rows, ours = _below(f"{sub}/" if sub else "", backbone.table(cfg), arrays_of(model))
+        for _ in weights.to_hf(ours, rows):
             pass
 
 
-def _tensors_below(
-    start: str,
-    table: weights.Table,
-    arrays: Mapping[str, weights.Leaf],
-    dtype_of: Callable[[str], np.dtype] | None,
-    copies: Container[str] = (),
-) -> Iterator[tuple[str, np.ndarray]]:
+def _below(
+    start: str, table: weights.Table, arrays: Mapping[str, weights.Leaf]
+) -> tuple[weights.Table, Mapping[str, weights.Leaf]]:
+    """Returns the rows whose HF names begin so, and their arrays."""
     rows = {path: row for path, row in table.items() if row.hf.startswith(start)}
-    ours = {path: arrays[path] for path in rows}
-    return weights.to_hf(ours, rows, dtype_of=dtype_of, copies=copies)
+    return rows, {path: arrays[path] for path in rows}
 
 
-def write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """Calls write(temporary folder) and renames that to `folder`, which must be new or empty."""
+def write_whole(folder: Path, write: Callable[[Path], None], *, resumes: bool = False) -> None:
+    """Calls write(temporary folder) and renames that to `folder`, which must be new or empty.
+
+    resumes: `write` goes on with what an interrupted call has left in the temporary folder.
+    """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, a checkpoint is a folder; name a new one")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} exists and is not empty; name a new folder or remove it")
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    if not resumes:
+        shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
         write(partial)
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
-    except OSError as error:
-        said = disk_error(error, folder, "free some space, or name a folder on another disk")
-        shutil.rmtree(partial, ignore_errors=True)
+    except BaseException as error:
+        keeps = (
+            resumes and not isinstance(error, ValueError) and any(partial.rglob("*.safetensors"))
+        )
+        way_out = "free some space, or name a folder on another disk"
+        if keeps:
+            way_out += f" (finished files are kept in {partial}: the same command goes on)"
+        said = disk_error(error, folder, way_out) if isinstance(error, OSError) else None
+        if not keeps:
+            shutil.rmtree(partial, ignore_errors=True)
+        if said is None:
+            raise
         raise said from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def arrays_of(model: Parameters) -> dict[str, Any]:
@@ -276,18 +296,22 @@ def _text_rows(model: Parameters, cfg: Any) -> tuple[dict[str, Any], dict[str, w
     return arrays, decoder.table(text_config(cfg))
 
 
-def _copy_text_files(source: Path, folder: Path, subfolders: Sequence[str]) -> None:
-    """Copies what stands beside the tensors: configs, tokenizer, licence. No code, no pickles."""
-    for sub in sorted({"", *subfolders}):
-        (folder / sub).mkdir(parents=True, exist_ok=True)
+def copy_text_files(source: Path, folder: Path, folders: Mapping[str, str]) -> None:
+    """Copies what stands beside the tensors: configs, tokenizer, licence. No code, no pickles.
+
+    folders: sub-folder of source -> that of folder.
+    """
+    for sub, into in folders.items():
+        (folder / into).mkdir(parents=True, exist_ok=True)
         for path in sorted((source / sub).iterdir()):
-            if path.is_file() and path.suffix in COPIED and path.name != hf_files.INDEX:
-                shutil.copyfile(path, folder / sub / path.name)
+            named = path.suffix in COPIED and path.name not in (hf_files.INDEX, hf_files.SUMS)
+            if path.is_file() and named:
+                shutil.copyfile(path, folder / into / path.name)
 
 
-def _set_dtype(folder: Path, subfolders: Sequence[str], dtype: np.dtype) -> None:
+def set_dtype(folder: Path, subfolders: Sequence[str], dtype: np.dtype) -> None:
     """Writes the type of the tensors into the configs, for readers that go by it."""
-    for sub in sorted({"", *subfolders}):
+    for sub in sorted(set(subfolders)):
         path = folder / sub / "config.json"
         tree = hf_files.read_json(path)
         parts = [tree, *(x for x in tree.values() if isinstance(x, dict))]

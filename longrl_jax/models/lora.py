@@ -150,8 +150,9 @@ def save(
     tree = peft_config(backbone, lora, base_folder=str(base_folder))
 
     def write(partial: Path) -> None:
-        tensors = tensors_of(params, backbone, cfg, lora)
-        hf_files.write_tensors(partial, tensors, shard_size_bytes=sys.maxsize)  # peft's is one file
+        arrays, rows = _adapters(params, backbone, cfg, lora)
+        specs, tensors = weights.specs(arrays, rows), weights.to_hf(arrays, rows)
+        hf_files.write_tensors(partial, specs, tensors, shard_size_bytes=sys.maxsize)  # one file
         (partial / hf_files.SINGLE).rename(partial / TENSORS)
         (partial / CONFIG).write_text(json.dumps(tree, indent=2) + "\n")
 
@@ -160,8 +161,14 @@ def save(
 
 def tensors_of(params: nnx.State, backbone: ModuleType, cfg: Any, lora: Lora) -> Any:
     """Yields (peft's name, array on the host) of every adapter; all processes gather together."""
+    return weights.to_hf(*_adapters(params, backbone, cfg, lora))
+
+
+def _adapters(
+    params: nnx.State, backbone: ModuleType, cfg: Any, lora: Lora
+) -> tuple[dict[str, Any], weights.Table]:
     rows, arrays = table(backbone, cfg, lora), weights.by_path(params)
-    return weights.to_hf({path: arrays[path] for path in rows}, rows)
+    return {path: arrays[path] for path in rows}, rows
 
 
 def peft_config(backbone: ModuleType, lora: Lora, *, base_folder: str) -> dict[str, Any]:

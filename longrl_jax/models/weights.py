@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from longrl_jax.models.hf_files import Spec
 from longrl_jax.sharding import rules
 
 
@@ -35,6 +36,14 @@ class Merged:
 
     def __len__(self) -> int:
         return len(self.kernel)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.kernel.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.float32)
 
 
 Leaf = jax.Array | jax.ShapeDtypeStruct | np.ndarray
@@ -84,40 +93,40 @@ def to_hf(
     """
     arrays: Mapping[str, Any] = by_path(params) if isinstance(params, nnx.State) else params
     check_same_keys(arrays, table)
-
-    def export(row: Param, x: np.ndarray, name: str) -> tuple[str, np.ndarray]:
+    for path, i in _export_order(arrays, table):
+        row, x = table[path], _to_host(arrays[path], i)
         if row.transpose is not None:
             x = x.transpose(np.argsort(row.transpose))
-        if dtype_of is not None:
-            x = x.astype(dtype_of(name), copy=False)
-        return name, x
-
-    for path, row in table.items():
-        if not stacked(row):
-            x = _to_host(arrays[path])
-            yield export(row, x, row.hf)
-            if row.copy in copies:
-                yield export(row, x, row.copy)
-            del x
-    for paths in _stacks(table).values():
-        for i in range(len(arrays[paths[0]])):
-            for path in paths:
-                row = table[path]
-                yield export(row, _to_host(arrays[path], i), row.hf.format(i=i))
+        for name in _names(row, i, copies):
+            yield name, x if dtype_of is None else x.astype(dtype_of(name), copy=False)
+        del x  # before the next one is gathered
 
 
-def from_hf(
-    abstract: nnx.State,
+def specs(
+    arrays: Mapping[str, Leaf],
     table: Table,
-    hf: Mapping[str, np.ndarray],
     *,
-    ignored: tuple[str, ...] = (),
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (JAX path, host array of the model's type), one stacked parameter at a time.
+    dtype_of: Callable[[str], np.dtype] | None = None,
+    copies: Container[str] = (),
+) -> Iterator[Spec]:
+    """Yields name, type and shape of what to_hf yields, in its order; reads no array."""
+    check_same_keys(arrays, table)
+    for path, i in _export_order(arrays, table):
+        row, x = table[path], arrays[path]
+        shape = tuple(x.shape if i is None else x.shape[1:])
+        if row.transpose is not None:
+            shape = tuple(shape[d] for d in np.argsort(row.transpose))
+        for name in _names(row, i, copies):
+            yield Spec(name, np.dtype(dtype_of(name) if dtype_of else x.dtype), shape)
 
-    Names are checked before the first array is read: none missing, none left over, but for those
-    that match one of the patterns in `ignored`. A wrong shape, whole numbers, a NaN, an infinity or
-    a copy that differs raise ValueError.
+
+def check(
+    abstract: nnx.State, table: Table, hf: Mapping[str, Any], *, ignored: tuple[str, ...] = ()
+) -> dict[str, list[str]]:
+    """Returns the HF names of every parameter of a checkpoint that fits; reads no number.
+
+    hf: name -> array, or what has the shape and dtype of one. A tensor that is missing, or left
+    over and of none of the patterns in `ignored`, a wrong shape and whole numbers raise ValueError.
     """
     want = by_path(abstract)
     check_same_keys(want, table)
@@ -128,31 +137,61 @@ def from_hf(
     copies = {row.copy for row in table.values()}
     _check_names(names, hf, ignored=lambda name: name in copies or matches(name, ignored))
     for path, row in table.items():
-        out = np.empty(want[path].shape, want[path].dtype)
-        parts = out if stacked(row) else [out]
-        for part, name in zip(parts, names[path], strict=True):
-            x = hf[name]
-            if row.transpose is not None and x.ndim == len(row.transpose):
-                x = x.transpose(row.transpose)
-            if x.shape != part.shape:
-                raise ValueError(
-                    f"{name} -> {path}: the file has {x.shape} (in our layout), the model wants "
-                    f"{part.shape}; does config.json belong to these tensors?"
-                )
-            if not jax.numpy.issubdtype(x.dtype, jax.numpy.floating):
-                raise ValueError(
-                    f"{name} holds {x.dtype} numbers (quantized?); the model wants floating-point "
-                    "ones, take the unquantized checkpoint"
-                )
-            part[...] = x
-            if not np.isfinite(part).all():
-                raise ValueError(f"{name} holds NaN or infinite numbers; the file is damaged")
-        if row.copy in hf and not np.array_equal(hf[row.copy], hf[row.hf]):
-            raise ValueError(
-                f"{row.copy} differs from {row.hf}, but config.json says that they are one "
-                "(tie_word_embeddings); does config.json belong to these tensors?"
-            )
-        yield path, out
+        shape = tuple(want[path].shape[1:] if stacked(row) else want[path].shape)
+        for name in names[path]:
+            _check_kind(name, path, row, hf[name], shape)
+        if row.copy in hf and hf[row.copy].shape != hf[row.hf].shape:
+            raise copy_differs(row.copy, row.hf)
+    return names
+
+
+def from_hf(
+    abstract: nnx.State,
+    table: Table,
+    hf: Mapping[str, Any],
+    *,
+    ignored: tuple[str, ...] = (),
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (JAX path, host array of the model's type), one stacked parameter at a time.
+
+    All is checked as in `check` before the first array is read; a NaN, an infinity or a copy that
+    differs raise ValueError.
+    """
+    names = check(abstract, table, hf, ignored=ignored)
+    for path, x in by_path(abstract).items():
+        yield path, _read(table[path], names[path], hf, (slice(None),) * x.ndim, x)
+
+
+def placed(
+    abstract: nnx.State,
+    table: Table,
+    hf: Mapping[str, Any],
+    places: Mapping[str, jax.sharding.Sharding],
+    *,
+    ignored: tuple[str, ...] = (),
+) -> Iterator[tuple[str, jax.Array]]:
+    """Yields (JAX path, array on its devices), otherwise as from_hf.
+
+    This process reads what its own devices hold, each part once, and the host holds one part at a
+    time.
+    """
+    names = check(abstract, table, hf, ignored=ignored)
+    for path, x in by_path(abstract).items():
+        index_of = places[path].addressable_devices_indices_map(x.shape)
+        sharing: dict[str, list[jax.Device]] = {}  # a slice is no key before Python 3.12
+        for device, index in index_of.items():
+            sharing.setdefault(repr(index), []).append(device)
+        parts: dict[jax.Device, jax.Array] = {}
+        for devices in sharing.values():
+            part = _read(table[path], names[path], hf, index_of[devices[0]] or (), x)
+            for device in devices:
+                parts[device] = jax.block_until_ready(jax.device_put(part, device))
+        yield (
+            path,
+            jax.make_array_from_single_device_arrays(
+                x.shape, places[path], [parts[device] for device in index_of]
+            ),
+        )
 
 
 def shardings(
@@ -185,6 +224,20 @@ def stacked(row: Param) -> bool:
     return "{i}" in row.hf
 
 
+def copy_differs(copy: str, first: str) -> ValueError:
+    """Returns the error for a second name that holds another array than the first."""
+    return ValueError(
+        f"{copy} differs from {first}, but config.json says that they are one "
+        "(tie_word_embeddings); does config.json belong to these tensors?"
+    )
+
+
+def check_finite(name: str, x: np.ndarray) -> None:
+    """Raises ValueError for a NaN or an infinity."""
+    if not np.isfinite(x).all():
+        raise ValueError(f"{name} holds NaN or infinite numbers; the file is damaged")
+
+
 def check_same_keys(arrays: Mapping[str, Leaf], table: Table) -> None:
     """Raises ValueError for a parameter without a row, or a row without a parameter."""
     if diff := sorted(set(arrays) ^ set(table)):
@@ -201,6 +254,26 @@ def to_host(x: Any) -> np.ndarray:
     out = np.empty(x.shape, x.dtype)
     for i, part in enumerate(out):
         part[...] = _to_host(x, i)
+    return out
+
+
+def _read(
+    row: Param, names: list[str], hf: Mapping[str, Any], index: tuple[slice, ...], want: Leaf
+) -> np.ndarray:
+    """Reads a part of a parameter, whose index is in the dims of the JAX array."""
+    index = tuple(slice(*i.indices(size)) for i, size in zip(index, want.shape, strict=True))
+    out = np.empty([i.stop - i.start for i in index], want.dtype)
+    parts: Any = [out]
+    if stacked(row):
+        names, index, parts = names[index[0]], index[1:], out
+    if row.transpose is not None:
+        index = tuple(index[d] for d in np.argsort(row.transpose))
+    for part, name in zip(parts, names, strict=True):
+        x = hf[name][index]
+        if row.copy in hf and not np.array_equal(hf[row.copy][index], x):
+            raise copy_differs(row.copy, row.hf)
+        part[...] = x if row.transpose is None else x.transpose(row.transpose)
+        check_finite(name, part)
     return out
 
 
@@ -240,6 +313,21 @@ def _merge(mesh: Mesh | None) -> Callable[..., jax.Array]:
     return jax.jit(merge, out_shardings=whole)
 
 
+def _export_order(arrays: Mapping[str, Leaf], table: Table) -> Iterator[tuple[str, int | None]]:
+    """Yields (JAX path, layer of a stack) in the order of to_hf."""
+    for path, row in table.items():
+        if not stacked(row):
+            yield path, None
+    for paths in _stacks(table).values():
+        for i in range(len(arrays[paths[0]])):
+            for path in paths:
+                yield path, i
+
+
+def _names(row: Param, i: int | None, copies: Container[str]) -> list[str]:
+    return [row.hf.format(i=i), *([row.copy] if row.copy in copies else [])]
+
+
 def _stacks(table: Table) -> dict[str, list[str]]:
     """Groups the stacked paths by what precedes the layer number in their HF names."""
     groups: dict[str, list[str]] = {}
@@ -255,8 +343,29 @@ def _num_parts(mesh: Mesh, dim: str | None) -> int:
     return math.prod(mesh.shape[a] for a in axes)
 
 
+def _check_kind(name: str, path: str, row: Param, x: Any, want: tuple[int, ...]) -> None:
+    shape = tuple(x.shape)
+    if row.transpose is not None and len(shape) == len(row.transpose):
+        shape = tuple(shape[d] for d in row.transpose)
+    if shape != want:
+        raise ValueError(
+            f"{name} -> {path}: the file has {shape} (in our layout), the model wants {want}; "
+            "does config.json belong to these tensors?"
+        )
+    if not jax.numpy.issubdtype(x.dtype, jax.numpy.floating):
+        raise ValueError(
+            f"{name} holds {x.dtype} numbers (quantized?); the model wants floating-point ones, "
+            "take the unquantized checkpoint"
+        )
+    if x.dtype.itemsize > 4:
+        raise ValueError(
+            f"{name} holds {x.dtype} numbers, which an export could not give back: parameters are "
+            "float32; save the checkpoint in that"
+        )
+
+
 def _check_names(
-    names: Mapping[str, list[str]], hf: Mapping[str, np.ndarray], ignored: Callable[[str], bool]
+    names: Mapping[str, list[str]], hf: Mapping[str, Any], ignored: Callable[[str], bool]
 ) -> None:
     owner: dict[str, str] = {}
     for path, wanted in names.items():

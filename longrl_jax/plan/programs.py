@@ -6,7 +6,6 @@ Every program is made by the function that the stages call, so a plan cannot dri
 import dataclasses
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -137,7 +136,7 @@ def abstract_policy(cfg: Config, mesh: Mesh) -> tuple[Policy, step.TrainState]:
         lora.attach(model, lora.shapes(model, rows, adapters, mesh), adapters)
     graphdef, state = step.abstract_state(model, cfg.model.frozen_parts, optimizer, mesh)
     policy = Policy(
-        folder=Path(cfg.model.path),
+        folder=models.find_folder(cfg.model.path),
         backbone=backbone,
         model_cfg=model_cfg,
         graphdef=graphdef,

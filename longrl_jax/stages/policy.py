@@ -67,7 +67,7 @@ def open_policy(cfg: Config, *, trains: bool = True) -> tuple[Policy, step.Train
     mesh = make_mesh(**{axis: getattr(cfg.mesh, axis) for axis in AXES})
     owners = [device.process_index for device in mesh.devices.flat]
     assert owners == sorted(owners), f"the rows of a process are not neighbours: {owners}"
-    folder = Path(cfg.model.path)
+    folder = models.find_folder(cfg.model.path)
     backbone = models.backbone_of(folder)
     check_heads(backbone.text_config(backbone.read_config(folder)), cfg)
     model_cfg, model = models.load(folder, mesh=mesh)
@@ -221,7 +221,7 @@ def open_reference(cfg: Config, policy: Policy, state: step.TrainState) -> nnx.S
         # the update consumes the policy's own
         start = jax.tree.map(jnp.copy, lora.base(state.params))
         return nnx.merge_state(state.frozen, start)
-    model_cfg, model = models.load(cfg.model.reference, mesh=policy.mesh)
+    model_cfg, model = models.load(models.find_folder(cfg.model.reference), mesh=policy.mesh)
     if model_cfg != policy.model_cfg:
         raise ValueError(
             f"model.reference={cfg.model.reference} has other sizes than model.path="

@@ -14,7 +14,7 @@ from flax import nnx
 from tiny_models import WIDTH, write_text, write_vila
 
 from longrl_jax import models
-from longrl_jax.models import decoder, vila, weights
+from longrl_jax.models import copying, decoder, hf_files, vila, weights
 from longrl_jax.models.rope import Rope
 from longrl_jax.sharding import make_mesh
 
@@ -353,6 +353,64 @@ def test_every_parameter_lies_on_the_mesh_as_drawn(vila_folder, loaded):
         np.testing.assert_array_equal(sharded[path], x, err_msg=path)
 
 
+class OfOneProcess:
+    """A sharding as one of several processes sees it: some of the devices are its own."""
+
+    def __init__(self, sharding, devices):
+        self.sharding, self.devices = sharding, devices
+
+    def addressable_devices_indices_map(self, shape):
+        everywhere = self.sharding.devices_indices_map(shape)
+        return {device: everywhere[device] for device in self.devices}
+
+
+class Noted:
+    """A stored tensor that notes the bytes of every read."""
+
+    def __init__(self, stored, reads):
+        self.stored, self.reads = stored, reads
+        self.shape, self.dtype = stored.shape, stored.dtype
+
+    def __getitem__(self, index):
+        x = self.stored[index]
+        self.reads.append(x.nbytes)
+        return x
+
+
+def test_a_process_reads_once_what_its_devices_hold_and_no_more(vila_folder, loaded, monkeypatch):
+    """Two processes of four devices; their parts are counted number by number."""
+    cfg, model = loaded
+    abstract, table, whole = abstract_of(cfg), vila.table(cfg), models.arrays_of(model)
+    mesh = make_mesh(**MESH)
+    places = weights.shardings(abstract, table, mesh)
+    monkeypatch.setattr(jax, "make_array_from_single_device_arrays", lambda _, place, parts: parts)
+    kinds = {}
+    for process in range(2):
+        devices = list(mesh.devices.flat)[4 * process :][:4]
+        reads = {name: [] for name in hf_files.open_tensors(vila_folder, vila.FOLDERS)}
+        tensors = {
+            name: Noted(x, reads[name])
+            for name, x in hf_files.open_tensors(vila_folder, vila.FOLDERS).items()
+        }
+        mine = {path: OfOneProcess(place, devices) for path, place in places.items()}
+        names = weights.check(abstract, table, tensors, ignored=vila.IGNORED)
+        for path, parts in weights.placed(abstract, table, tensors, mine, ignored=vila.IGNORED):
+            needed = np.zeros(whole[path].shape, bool)
+            for device, part in zip(devices, parts, strict=True):
+                index = places[path].devices_indices_map(needed.shape)[device]
+                needed[index] = True
+                assert part.devices() == {device}
+                np.testing.assert_array_equal(part, whole[path][index], err_msg=path)
+            numbers = sum(sum(reads[name]) // tensors[name].dtype.itemsize for name in names[path])
+            assert numbers == needed.sum(), path
+            kinds[path, process] = numbers / needed.size
+            layers = needed.shape[0] if weights.stacked(table[path]) else 1
+            most = max(max(reads[name]) // tensors[name].dtype.itemsize for name in names[path])
+            assert most == parts[0].size // layers, path
+    assert kinds["text.layers.mlp.up.kernel", 0] == kinds["text.layers.mlp.up.kernel", 1] == 0.5
+    assert kinds["text.norm.scale", 0] == kinds["text.norm.scale", 1] == 1
+
+
 def test_an_untied_head_of_even_size_is_split_over_tensor(loaded):
     cfg = decoder.Config(
         vocab_size=100, width=WIDTH, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=16,
@@ -414,9 +472,8 @@ def test_every_push_names_the_head(tmp_path):
         np.testing.assert_array_equal(pushed[name], x.numpy(), err_msg=name)
 
 
-def test_the_language_model_alone_loads_in_transformers(vila_folder, loaded, tmp_path, rng):
-    cfg, model = loaded
-    models.save_text(tmp_path / "text", model, cfg, vila_folder)
+def test_the_language_model_alone_loads_in_transformers(vila_folder, tmp_path, rng):
+    copying.copy(vila_folder, tmp_path / "text", text_only=True)
     assert raw_tensors(tmp_path / "text") == raw_tensors(vila_folder / "llm")
     tokens = torch.tensor(rng.integers(0, 99, (1, 8)))
     ours, theirs = (
