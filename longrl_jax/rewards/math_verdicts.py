@@ -20,6 +20,7 @@ from math_verify import LatexExtractionConfig, parse, verify
 from sympy.parsing import sympy_parser
 
 MAX_BYTES = 2 * 2**30
+"""Address space of one judge; SymPy itself takes 60 MB."""
 RIGHT, WRONG = 10, 11
 """Exit codes of a judge; any other end means that it gave up."""
 NUMBERS = "Integer", "Float", "Rational", "Symbol"

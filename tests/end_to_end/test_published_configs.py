@@ -69,8 +69,6 @@ def spaces(items):
 
 def shrunk(tree, context: float):
     """A config.json of the same architecture; context: of the engine, over the published one."""
-    if isinstance(tree, list):
-        return tree
     small = {
         key: SMALL[key] if key in SMALL else shrunk(x, context) if isinstance(x, dict) else x
         for key, x in tree.items()
@@ -124,6 +122,7 @@ def lines(folder, name="metrics.jsonl"):
 
 
 def made_small(path: Path, folder: Path, roots: dict[str, Path], corpus: Path) -> config.Config:
+    """The config with SIZES, a random checkpoint in folder/init, and the engine in this process."""
     cfg = config.load(path)
     tree = json.loads((ROOT / cfg.model.path).read_text())
     sizes = folder / "sizes.json"
