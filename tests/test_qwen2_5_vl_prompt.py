@@ -231,6 +231,7 @@ def test_convert_describes_and_copies_it(world, tmp_path):
     said = "\n".join(convert.inspect(world.folder / "init"))
     assert "init: qwen2_5_vl" in said and "visual float32" in said and "llm float32" in said
     assert "frames keep their aspect, 100352 to 602112 px; 28 x 28 px of 2 frames" in said
+    assert "images keep theirs, 3136 to 12845056 px" in said
     assert convert.from_hf(world.folder / "init", tmp_path / "copy") > 60
     for name in ("preprocessor_config.json", "tokenizer.json"):
         assert (tmp_path / "copy" / name).read_bytes() == (

@@ -28,6 +28,8 @@ CELL = 32
 """Pixels along a side of the cell that holds one thing at most."""
 RADIUS = 12
 """Of a thing, in pixels."""
+NUM_COLORS = 3
+"""That a picture draws from: with all six, most counts of a colour would be 0 or 1."""
 SHADE = (25, 70)
 """Grey of the background, drawn from this range."""
 MAX_IMAGES = 100_000  # five digits name a picture
@@ -48,6 +50,8 @@ class Scene:
     """All that a picture shows, row by row."""
 
     size: tuple[int, int]
+    palette: tuple[str, ...]
+    """Colours that the things may have."""
     things: tuple[Thing, ...]
 
 
@@ -113,11 +117,13 @@ def make_scene(rng: np.random.Generator) -> Scene:
     single, *others = map(str, rng.permutation(SHAPES))
     shapes = [single, *map(str, rng.choice(others, len(cells) - 1))]
     shapes = [shapes[i] for i in rng.permutation(len(cells))]
+    palette = tuple(map(str, rng.permutation(list(COLORS))[:NUM_COLORS]))
     return Scene(
         size=size,
+        palette=palette,
         things=tuple(
             Thing(
-                color=str(rng.choice(list(COLORS))),
+                color=str(rng.choice(palette)),
                 shape=shape,
                 at=((cell // columns + 0.5) * CELL, (cell % columns + 0.5) * CELL),
             )
@@ -138,12 +144,10 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 def ask(scene: Scene, kind: str, rng: np.random.Generator, *, id: str) -> Example:
     """Returns a question of a kind; the reasoning names the things and says the answer."""
-    things, color, shape = scene.things, str(rng.choice(list(COLORS))), str(rng.choice(SHAPES))
+    things, color, shape = scene.things, str(rng.choice(scene.palette)), str(rng.choice(SHAPES))
     if kind == "how_many":
         question, answer = "how many things are there", str(len(things))
     elif kind == "of_colour":
-        if rng.integers(2):  # of a colour that is there: else nearly every answer is 0
-            color = things[rng.integers(len(things))].color
         question = f"how many things are {color}"
         answer = str(sum(thing.color == color for thing in things))
     elif kind == "of_shape":

@@ -119,7 +119,7 @@ def bad_files(folder) -> dict:
     Image.fromarray(np.zeros((4, 4), np.float32)).save(folder / "float.tif")
     return {
         "gone.png": ("missing", "does not exist"),
-        "half.jpg": ("corrupt", "cannot be decoded (image file is truncated"),
+        "half.jpg": ("corrupt", "cannot be decoded"),
         "half.png": ("corrupt", "cannot be decoded"),
         "flipped.png": ("corrupt", "cannot be decoded"),
         "empty.png": ("empty", "0 bytes"),
