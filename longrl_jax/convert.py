@@ -176,6 +176,9 @@ def inspect(folder: Path) -> Iterator[str]:
                 f"video: frames keep their aspect, {fewest} to {most} px; {h} x {w} px of "
                 f"{layout.unit_frames} frames become a token"
             )
+        if layout.image_pixels is not None:
+            fewest, most = layout.image_pixels
+            yield f"images keep theirs, {fewest} to {most} px; {h} x {w} px become a token"
     count: collections.Counter[str] = collections.Counter()
     size_bytes: collections.Counter[str] = collections.Counter()
     for tensor in tensors:

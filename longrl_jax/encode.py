@@ -26,6 +26,8 @@ CHUNK_FRAMES = 64
 """Most frames of one call of the tower, rounded up to a multiple of the devices."""
 FEW_FRAMES = 8
 """The same of the only other shape: stills and ends of films would pay for CHUNK_FRAMES."""
+MAX_WAITING = 64
+"""Most images that wait for others of their size, to be encoded together."""
 COUNTERS = DECODED, ENCODED = "media/decoded_frames", "media/encoded_frames"
 """What `embed` counts; 0 while the store holds every video that is asked about."""
 
@@ -194,6 +196,8 @@ def _encode_missing(
     chunks = [encoder.chunk_sizes(m.view)[-1] for m in media]
     refused: dict[str, video.VideoError] = {}
     writers: dict[int, video_cache.EntryWriter] = {}
+    images: dict[View, list[tuple[Media, np.ndarray]]] = {}
+    write_images = functools.partial(_write_images, encoder, names, store, count)
     started_s = time.perf_counter()
     try:
         for item in pool.decode(jobs, chunk=chunks):
@@ -204,6 +208,13 @@ def _encode_missing(
                 refused[m.key] = item.error
                 if i in writers:
                     writers.pop(i).discard()
+            elif m.kind == "image":
+                count(DECODED, len(item.frames))
+                images.setdefault(m.view, []).append((m, item.frames))
+                if len(images[m.view]) * m.view.unit_frames == encoder.chunk_sizes(m.view)[0]:
+                    write_images(images.pop(m.view))
+                if sum(map(len, images.values())) >= MAX_WAITING:
+                    write_images(images.pop(max(images, key=lambda view: len(images[view]))))
             else:
                 if i not in writers:
                     shape = (m.num_tokens, encoder.width)
@@ -215,9 +226,29 @@ def _encode_missing(
                     writers.pop(i).publish()
             started_s = time.perf_counter()
             clock("encode", started_s - decoded_s)
-        clock("decode", time.perf_counter() - started_s)
+        decoded_s = time.perf_counter()
+        clock("decode", decoded_s - started_s)
+        for together in images.values():
+            write_images(together)
+        clock("encode", time.perf_counter() - decoded_s)
         assert not writers, f"{len(writers)} files ended early without an error"
     finally:
         for writer in writers.values():
             writer.discard()
     return refused
+
+
+def _write_images(
+    encoder: Encoder,
+    names: Mapping[str, str],
+    store: video_cache.VideoStore,
+    count: Callable[[str, int], None],
+    images: Sequence[tuple[Media, np.ndarray]],
+) -> None:
+    """Encodes the frames of images of one view in one call, the smallest, and stores each."""
+    frames = np.concatenate([frames for _, frames in images])
+    features_MC = encode_chunk(encoder, frames, images[0][0].view)
+    for (m, _), rows in zip(images, np.split(features_MC, len(images)), strict=True):
+        with store.writer(names[m.key], rows.shape, encoder.dtype) as writer:
+            writer.write(rows)
+    count(ENCODED, len(frames))

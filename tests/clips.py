@@ -1,6 +1,7 @@
 """Small video files made with PyAV for tests; each frame shows its number as a 4 x 4 barcode."""
 
 import struct
+import zlib
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -160,3 +161,17 @@ def _fast(codec: str) -> dict[str, str]:
         "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8"},
     }
     return presets.get(codec, {})
+
+
+def bomb(path: Path, width: int, height: int) -> Path:
+    """Writes a PNG of some hundred bytes that asks for width x height pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        end = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + end
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    rows = zlib.compress(b"\0" * 100_000, 9)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+    return path

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import yaml
+from PIL import Image
 from transformers import AutoTokenizer
 
 from longrl_jax import convert, evaluate, train
@@ -100,6 +101,10 @@ def about(video):
     return {"video": video}
 
 
+def shows(picture):
+    return {"image": picture, "video": ""}
+
+
 def without(field):
     return {name: value for name, value in GOOD.items() if name != field}
 
@@ -132,6 +137,16 @@ REFUSED_RECORDS = {  # name -> (fields over GOOD, or a whole line; what is said)
     "no answer": ({"answer": ""}, ["answer='' is empty"]),
     "a number as answer": ({"answer": 4}, ["answer=4 must be text"]),
     "an answer half tagged": ({"answer": "<answer>B"}, ["must be <answer>X</answer>, or X"]),
+    "half a picture": (shows("half.png"), ["half.png cannot be decoded (image file is truncated"]),
+    "a film as picture": (shows("ok.mp4"), ["ok.mp4 is no picture in PNG, JPEG", "convert it"]),
+    "a picture as film": (about("ok.png"), ["ok.png cannot be opened"]),
+    "a picture of 70 megapixels": (shows("bomb.png"), ["has 7000 x 10000 px, over 67108864"]),
+    "a picture missing": (shows("gone.png"), ["gone.png does not exist; check data.root"]),
+    "a picture above the root": (shows("../ok.png"), ["image='../ok.png' must be a relative"]),
+    "fewer places than pictures": (
+        {"question": "Is it <image> ?", "images": ["ok.png"] * 2, "video": ""},
+        ["the question says <image> 1 times, but image names 2 files; make them equal"],
+    ),
     "a number as video": ({"video": 4}, ["video=4 must be a path, as text, or a list of paths"]),
     "true as id": ({"id": True}, ["id=True must be text or a whole number"]),
     "no reasoning to learn": ({"reasoning": ""}, ["has no reasoning to learn from; add the field"]),
@@ -149,6 +164,9 @@ HARMLESS_RECORDS = {
     "a byte order mark": b"\xef\xbb\xbf" + json.dumps(GOOD | {"id": "bom"}).encode(),
     "Windows line end": json.dumps(GOOD | {"id": "crlf"}).encode() + b"\r",
     "an id again": GOOD | {"id": "whole"},
+    "a picture": GOOD | {"video": "", "image": "ok.png"},
+    "pictures and a film in the words": GOOD
+    | {"question": "Is <image> <image> in <video> ?", "images": ["ok.png", "other.jpg"]},
     "fewer frames than asked": GOOD | {"video": "short.mp4"},
     "another ending": GOOD | {"video": "film.txt"},
     "time stamps of 10 days": GOOD | {"video": "late.mp4"},
@@ -175,6 +193,13 @@ def make_videos(folder):
     (folder / "out").symlink_to(folder.parent)
     clips.make(folder / "short.mp4", num_frames=2)
     shutil.copy(whole, folder / "film.txt")
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    picture.save(folder / "ok.png")
+    picture.save(folder / "other.jpg")
+    content = (folder / "ok.png").read_bytes()
+    (folder / "half.png").write_bytes(content[: len(content) // 2])
+    clips.bomb(folder / "bomb.png", 10_000, 7_000)
     for ending in ("mkv", "mp4"):  # the one states its end as its length, the other its length
         shift(whole, folder / f"late.{ending}", seconds=864_000)
 
@@ -225,8 +250,8 @@ def test_every_bad_record_is_refused_by_name_and_no_good_one_is_lost(command, da
             assert piece in row["message"], name
     assert (run / "export" / "config.json").exists() and not (run / "error.txt").exists()
     store = run.parent / "store"
-    contents = 4  # ok.mp4 (and film.txt, its copy), short.mp4, late.mp4
-    assert len(list(store.glob("*.emb"))) == contents - 1
+    # ok.mp4 (and film.txt, its copy), short.mp4, late.mp4, ok.png, other.jpg
+    assert len(list(store.glob("*.emb"))) == 5
     assert not list(store.glob("*.partial"))
     assert {path.name for path in data.iterdir()} == before
 

@@ -1,6 +1,8 @@
 """From a film to the prompt and the stored features of a backbone whose frames have any size."""
 
+import copy
 import dataclasses
+import shutil
 import types
 from pathlib import Path
 
@@ -10,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from transformers.image_utils import load_image
 
 from longrl_jax import config, convert, encode, models
-from longrl_jax.data import prompts, video
+from longrl_jax.data import image, prompts, video
 from longrl_jax.plan import programs
 from longrl_jax.sharding import make_mesh
 from longrl_jax.stages.policy import media_layout
@@ -82,6 +85,71 @@ def test_a_prompt_holds_units_of_two_frames_between_start_and_end(world):
     assert prompt.next_rope_pos == len(prompt.tokens) - 72 + 5
 
 
+CHAT = (  # as published checkpoints say it, but for the system's turn
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "{% if part.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("at", [(0,), (0, 0), (5, 14, 17)])
+def test_images_are_laid_out_as_by_the_processor_of_transformers(world, at):
+    """Token ids and grids of Qwen2_5_VLProcessor, which gets words and pictures in order."""
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    fewest, most = 2 * 784, 20 * 784
+    question, content, files, used = "Are  and  alike ?", [], [], 0
+    for i, place in enumerate(at):
+        size = ((64, 96), (200, 30), (300, 411))[i]
+        rng = np.random.default_rng(i)
+        picture = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        image.write_png(world.folder / f"{i}.png", picture)
+        files.append(MediaFile(kind="image", path=f"{i}.png", at=place))
+        content += [{"type": "text", "text": question[used:place]}, {"type": "image"}]
+        used = place
+    example = Example(id="q", question=question, answer="A", media=tuple(files))
+    content.append({"type": "text", "text": prompts.user_text(example, "direct")[used:]})
+    tokenizer = copy.deepcopy(world.tokenizer)
+    tokenizer.chat_template = CHAT
+    prompt = prompts.encode_prompt(
+        example, tokenizer=tokenizer, num_frames=4, fps=0.0, decoder="pyav", template="direct",
+        layout=layout_of(world, image_min_pixels=fewest, image_max_pixels=most), root=world.folder,
+    )  # fmt: skip
+    processor = Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessorPil(
+            size={"shortest_edge": fewest, "longest_edge": most}
+        ),
+        tokenizer=tokenizer, video_processor=Qwen2VLVideoProcessor(), chat_template=CHAT,
+    )  # fmt: skip
+    turns = [{"role": "user", "content": content}]
+    rendered = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    pictures = [load_image(str(world.folder / file.path)) for file in files]
+    want = processor(text=[rendered], images=pictures, return_tensors="np")
+    assert prompt.tokens.tolist() == want["input_ids"][0].tolist()
+    grids = [[t, 2 * rows, 2 * columns] for t, rows, columns in (m.grid for m in prompt.media)]
+    assert grids == want["image_grid_thw"].tolist()
+
+
+def test_bounds_of_images_are_those_of_the_checkpoint(world, tmp_path):
+    assert layout_of(world).image_pixels == (3136, 12845056)  # published, as convert writes them
+    for said, bounds in {
+        '{"min_pixels": 784, "max_pixels": 7840}': (784, 7840),
+        '{"size": {"shortest_edge": 784, "longest_edge": 7840}}': (784, 7840),
+        '{"max_pixels": 7840, "size": {"shortest_edge": 784, "longest_edge": 1}}': (784, 7840),
+        "{}": (3136, 1003520),  # what transformers takes then
+    }.items():
+        shutil.copy(world.folder / "init" / "config.json", tmp_path)
+        (tmp_path / "preprocessor_config.json").write_text(said)
+        layout = world.backbone.media_layout(world.backbone.read_config(tmp_path))
+        assert layout.image_pixels == bounds
+    (tmp_path / "preprocessor_config.json").write_text('{"min_pixels": 9, "max_pixels": 8}')
+    with pytest.raises(ValueError, match="min_pixels=9 to max_pixels=8 cannot be"):
+        world.backbone.read_config(tmp_path)
+
+
 def test_frames_spread_over_the_film_are_timed_by_their_distance(world):
     (film,) = ask(world, num_frames=4, fps=0.0).media
     assert film.grid[0] == 2 and film.unit_s == pytest.approx(2 * 2.3 / 4)
@@ -114,6 +182,7 @@ def test_the_size_is_part_of_the_key(world):
     [
         ({"min_pixels": 9000, "max_pixels": 8000}, "9000 to 8000 pixels"),
         ({"min_pixels": 100, "max_pixels": 700}, "one token has 784"),
+        ({"image_max_pixels": 700}, "data.image_max_pixels=700: pictures of 3136 to 700"),
         ({"timestamp": "<{t:.0f}s>"}, "data.timestamp='<{t:.0f}s>'"),
     ],
 )
@@ -162,6 +231,7 @@ def test_convert_describes_and_copies_it(world, tmp_path):
     said = "\n".join(convert.inspect(world.folder / "init"))
     assert "init: qwen2_5_vl" in said and "visual float32" in said and "llm float32" in said
     assert "frames keep their aspect, 100352 to 602112 px; 28 x 28 px of 2 frames" in said
+    assert "images keep theirs, 3136 to 12845056 px" in said
     assert convert.from_hf(world.folder / "init", tmp_path / "copy") > 60
     for name in ("preprocessor_config.json", "tokenizer.json"):
         assert (tmp_path / "copy" / name).read_bytes() == (

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from longrl_jax import report
+from longrl_jax.data import image
 from longrl_jax.report import __main__ as command
 from longrl_jax.report import folders, svg
 
@@ -157,13 +158,15 @@ def rollout_rows(rng, step, evil):
 
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory):
-    """Question q0 is about a real video, q1 about one that is gone."""
+    """Question q0 is about a real video and a picture, q1 about a video that is gone."""
     root = tmp_path_factory.mktemp("data")
     clips.make(root / "v0.mp4", num_frames=40, fps=10, size=(64, 96))
     questions = [
         {"id": f"q{i}", "question": f"what {EVIL} is {i} ?", "answer": "A", "video": f"v{i}.mp4"}
         for i in range(2)
     ]
+    image.write_png(root / "still.png", np.full((300, 200, 3), 90, np.uint8))
+    questions[0]["image"] = "still.png"
     lines(root / "train.jsonl", questions)
     with (root / "train.jsonl").open("a") as file:
         file.write("this line is no record\n")
@@ -213,7 +216,8 @@ def test_nothing_comes_from_outside_and_no_text_is_markup(page):
 def test_answers_stand_beside_the_frames_that_the_policy_saw(page):
     pictures = [a for a in Page(page).addresses if a.startswith("data:image/jpeg")]
     # q0 of the first step, of the last step, and of no validation answer: there are none
-    assert len(pictures) == 2 * 8 and len(set(pictures)) == 8  # 8 different frames
+    assert len(pictures) == 2 * (1 + 8) and len(set(pictures)) == 9  # a picture, 8 frames
+    assert "still.png</figcaption>" in page
     assert "0.0 s</figcaption>" in page and "3.8 s</figcaption>" in page  # slices of 4 s / 16
     assert page.count('class="answer good"') == page.count('class="answer bad"') == 2 * 2 * 2
     assert "v1.mp4 does not exist" in page  # q1's grey box says why

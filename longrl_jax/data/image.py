@@ -6,6 +6,7 @@ picture.
 """
 
 import contextlib
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -55,10 +56,18 @@ def read(
     return np.concatenate(tiles)
 
 
+def write_png(path: str | os.PathLike[str], picture: np.ndarray) -> None:
+    """picture: uint8 [H, W, 3]."""
+    from PIL import Image
+
+    Image.fromarray(picture).save(path, "PNG")
+
+
 def _cut(picture_YX3: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    (height, width), (rows, columns) = size, (picture_YX3.shape[0] // size[0], -1)
-    tiles = picture_YX3.reshape(rows, height, columns, width, 3).swapaxes(1, 2)
-    return tiles.reshape(-1, height, width, 3)
+    """Returns the tiles of a picture, row by row."""
+    height, width = size
+    tiles_RHCW3 = picture_YX3.reshape(-1, height, picture_YX3.shape[1] // width, width, 3)
+    return tiles_RHCW3.swapaxes(1, 2).reshape(-1, height, width, 3)
 
 
 @contextlib.contextmanager

@@ -148,7 +148,7 @@ def write_dataset(
     (folder / "corpus.txt").write_text("".join(corpus(learnt)), encoding="utf-8")
     for name, examples in records.items():
         if examples or name not in LESSONS:
-            _write_records(folder / f"{name}.jsonl", examples)
+            write_records(folder / f"{name}.jsonl", examples)
 
 
 def make_film_lessons(story: Story, seed: int, index: int) -> Iterator[tuple[str, Example]]:
@@ -227,10 +227,10 @@ def draw(story: Story, rng: np.random.Generator) -> np.ndarray:
         offset = float(rng.uniform(-MAX_OFFSET, MAX_OFFSET))
         for t in range(visitor.enter, visitor.leave):
             at = visitor_place(visitor, t, offset)
-            frames_FHW3[t][_inside(visitor.shape, at, VISITOR_RADIUS)] = COLORS[visitor.color]
+            frames_FHW3[t][inside(visitor.shape, at, VISITOR_RADIUS)] = COLORS[visitor.color]
     for t in range(story.walker_enter, NUM_FRAMES):
         at = walker_place(story, t)
-        frames_FHW3[t][_inside("circle", at, WALKER_RADIUS)] = WALKER_COLOR
+        frames_FHW3[t][inside("circle", at, WALKER_RADIUS)] = WALKER_COLOR
     frames_FHW3 += rng.normal(0, NOISE, frames_FHW3.shape)
     return frames_FHW3.clip(0, 255).round().astype(np.uint8)
 
@@ -292,10 +292,11 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     return np.tile(row_W[:, None], (NUM_FRAMES, SIZE, 1, 3)).astype(np.float32)
 
 
-def _inside(shape: str, at: tuple[float, float], radius: float) -> np.ndarray:
-    """Returns bool [SIZE, SIZE]: the pixels of a shape around `at`."""
-    pixel = np.arange(SIZE)
-    dy, dx = pixel[:, None] - at[0], pixel[None, :] - at[1]
+def inside(
+    shape: str, at: tuple[float, float], radius: float, size: tuple[int, int] = (SIZE, SIZE)
+) -> np.ndarray:
+    """Returns bool `size`: the pixels of a shape around `at`, (y, x)."""
+    dy, dx = np.arange(size[0])[:, None] - at[0], np.arange(size[1])[None, :] - at[1]
     if shape == "circle":
         return dy**2 + dx**2 <= radius**2
     if shape == "square":
@@ -307,7 +308,7 @@ def _inside(shape: str, at: tuple[float, float], radius: float) -> np.ndarray:
     return (thin <= 0.33 * radius) & (long <= radius)
 
 
-def _write_records(path: Path, examples: Sequence[Example]) -> None:
+def write_records(path: Path, examples: Sequence[Example]) -> None:
     """Writes one JSON line a record, whole or not at all."""
     partial = path.with_suffix(".partial")
     lines = [json.dumps(to_record(example)) + "\n" for example in examples]

@@ -133,11 +133,12 @@ def lines_of(example: Example) -> list[list[str]]:
 def labelled(
     cfg: Config, asked: Sequence[Prompt], refused: RefusedLog, number: int
 ) -> list[Prompt]:
-    """Returns the prompts with a video of data.num_frames frames and a line for each; the others
-    are refused by name."""
+    """Returns the prompts with one video, of data.num_frames frames, and a line for each; the
+    others are refused by name."""
     kept, wanted = [], cfg.data.num_frames
     for prompt in asked:
-        num_frames = len(prompt.media[0].times_s) if prompt.media else 0
+        one_film = [medium.kind for medium in prompt.media] == ["video"]
+        num_frames = len(prompt.media[0].times_s) if one_film else 0
         num_lines = len(lines_of(prompt.example))
         if num_frames == num_lines == wanted:
             kept.append(prompt)

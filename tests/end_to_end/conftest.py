@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from longrl_jax import config, convert, rewards
-from longrl_jax.data import synthetic
+from longrl_jax.data import image, scenes, synthetic
 
 ROOT = Path(__file__).parents[2]
 NUM_CLIPS, NUM_VALIDATION_CLIPS = 4, 2
@@ -35,6 +35,39 @@ def world(tmp_path_factory):
         ]
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def mixed(world):
+    """Name of a file of six records in data/: text, an image, images, a long film, two films, both.
+
+    A film of 64 s, one of 6 s; the media of two records stand in the words.
+    """
+    data = world / "data"
+    (data / "images").mkdir()
+    for index in range(3):
+        _, picture, _ = scenes.make_picture(5, "train", index)
+        image.write_png(data / f"images/{index}.png", picture)
+    _, frames_FHW3, _ = synthetic.make_clip(5, "train", 0)
+    synthetic.write_video(data / "videos/short.mp4", frames_FHW3[:6])
+    long, short = "videos/00001.mp4", "videos/short.mp4"
+    fields = {
+        "text": {},
+        "an image": {"image": "images/0.png"},
+        "images": {
+            "images": [f"images/{i}.png" for i in range(3)],
+            "question": "is <image> as red as <image> and <image> ?",
+        },
+        "a long film": {"video": long},
+        "two films": {"videos": [short, long]},
+        "both": {"image": "images/1.png", "video": short, "question": "is <image> in <video> ?"},
+    }
+    lines = [
+        json.dumps({"id": name, "question": "how many things are red ?", "answer": "2"} | more)
+        for name, more in fields.items()
+    ]
+    (data / "mixed.jsonl").write_text("\n".join(lines) + "\n")
+    return "mixed.jsonl"
 
 
 def count_spaces(items):

@@ -128,7 +128,10 @@ def test_blind_prompts(configured, tmp_path):
         blind = questions.without_video(cfg, policy, asked)
         one_film = [p for p in asked if p.media[0].key == asked[0].media[0].key]
         assert questions.with_other_video(cfg, policy, one_film, refused) == []
-        text_only = [dataclasses.replace(p, media=()) for p in asked]
+        text_only = [
+            dataclasses.replace(p, media=(), example=dataclasses.replace(p.example, media=()))
+            for p in asked
+        ]
         assert questions.without_video(cfg, policy, text_only) == []
         assert questions.with_other_video(cfg, policy, text_only, refused) == []
     assert len(asked) == len(blind) == len(other) > 4 > 1 and refused.count == 0
@@ -138,3 +141,21 @@ def test_blind_prompts(configured, tmp_path):
         assert without.example.question == swapped.example.question == prompt.example.question
         assert swapped.media[0].key != prompt.media[0].key
         np.testing.assert_array_equal(swapped.is_media, prompt.is_media)  # as long, so as easy
+
+
+def test_blind_prompts_of_several_media(configured, mixed, tmp_path):
+    """Every medium is another of its kind, at its place in the words."""
+    cfg = configured("tiny_cpu_grpo.yaml", f"data.validation={mixed}", "run.eval_examples=100")
+    policy, _ = opened.open_policy(cfg, trains=False)
+    with RefusedLog(tmp_path / "refused.jsonl") as refused:
+        asked = {p.example.id: p for p in questions.validation(cfg, policy, refused)}
+        other = {
+            p.example.id: p
+            for p in questions.with_other_video(cfg, policy, list(asked.values()), refused)
+        }
+        blind = questions.without_video(cfg, policy, list(asked.values()))
+    assert len(asked) == 6 and set(other) == set(asked) - {"text"} and refused.count == 0
+    assert len(blind) == 5 and not any(p.is_media.any() for p in blind)
+    for name, shown in other.items():
+        for a, b in zip(asked[name].example.media, shown.example.media, strict=True):
+            assert (a.kind, a.at) == (b.kind, b.at) and a.path != b.path

@@ -66,6 +66,34 @@ def test_grpo_trains_pushes_and_agrees_with_its_engine(configured, world, tmp_pa
     np.testing.assert_array_equal(table, trained["text.table"])
 
 
+@pytest.mark.slow
+def test_a_step_mixes_text_images_and_films(configured, mixed, tmp_path, spaces):
+    """Six kinds of questions in one step, two steps: what the engine saw is what the learner sees.
+
+    test_qwen2_5_vl_loop.py does the same with the other family.
+    """
+    cfg = configured(
+        "tiny_cpu_grpo.yaml",
+        f"data.train={mixed}",
+        "data.validation=''",
+        "data.fps=1",
+        "data.num_frames=64",
+        "rewards={spaces: 1.0}",
+        "rollout={num_samples: 4, dtype: float32, max_tokens: 12, max_model_len: 640}",
+        "rollout.temperature=0.7",
+        "optimizer={learning_rate: 0.02}",
+        "batch={groups: 6, max_row_tokens: 1024, smallest_bucket: 128}",
+        "run.num_steps=2",
+    )
+    grpo.run(cfg)
+    steps = lines(tmp_path / "run")
+    assert [step["groups"] for step in steps] == [6, 6]
+    assert max(step["gap/max"] for step in steps) < MAX_GAP
+    assert all(step["grad_norm"] > 0 for step in steps)
+    frames = 3 + 64 + 6  # pictures, the long film, the short one: each once, whoever asks
+    assert [step["media/encoded_frames"] for step in steps] == [frames, 0]
+
+
 def test_sft_learns_its_targets(configured, world, tmp_path):
     cfg = configured(
         "tiny_cpu_sft.yaml",
