@@ -167,7 +167,7 @@ def inspect(folder: Path) -> Iterator[str]:
             )
         if layout.image_pixels is not None:
             fewest, most = layout.image_pixels
-            yield f"images keep theirs, {fewest} to {most} px; twice the same {h} x {w} px a token"
+            yield f"images keep theirs, {fewest} to {most} px; {h} x {w} px become a token"
     count: collections.Counter[str] = collections.Counter()
     size_bytes: collections.Counter[str] = collections.Counter()
     for tensor, x in tensors.items():

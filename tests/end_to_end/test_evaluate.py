@@ -128,7 +128,10 @@ def test_blind_prompts(configured, tmp_path):
         blind = questions.without_video(cfg, policy, asked)
         one_film = [p for p in asked if p.media[0].key == asked[0].media[0].key]
         assert questions.with_other_video(cfg, policy, one_film, refused) == []
-        text_only = [dataclasses.replace(p, media=()) for p in asked]
+        text_only = [
+            dataclasses.replace(p, media=(), example=dataclasses.replace(p.example, media=()))
+            for p in asked
+        ]
         assert questions.without_video(cfg, policy, text_only) == []
         assert questions.with_other_video(cfg, policy, text_only, refused) == []
     assert len(asked) == len(blind) == len(other) > 4 > 1 and refused.count == 0
