@@ -35,6 +35,15 @@ class Result:
     """A tree of the trained parameters' paths -> {Hugging Face name: array}."""
 
 
+def keep_gradient() -> optax.GradientTransformation:
+    """An optimizer that changes nothing and whose state is the gradient."""
+
+    def zeros(params: Any) -> Any:
+        return jax.tree.map(jnp.zeros_like, params)
+
+    return optax.GradientTransformation(zeros, lambda grads, _, params: (zeros(grads), grads))
+
+
 def run_update(
     folder: Path,
     numbers: Numbers,
@@ -46,12 +55,13 @@ def run_update(
     loss: str = "clipped",
 ) -> Result:
     """One update of everything but the tower. layout: num_rows, num_shards and more of make_batch;
-    loss: "clipped", with a KL term, or "nll"."""
+    dtype: of products, if float64 of parameters, too; loss: "clipped", with a KL term, or "nll"."""
     num_shards = layout["num_shards"]
     mesh = make_mesh(seq=num_shards, devices=jax.devices()[:num_shards])
     cfg, model = models.load(folder, mesh=mesh)
+    wide = jnp.promote_types(dtype, "float32")
     graphdef, params = nnx.split(model)
-    model = nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), params))
+    model = nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(wide), params))
     frozen = ("vision",) if hasattr(model, "vision") else ()
     graphdef, state = step.init_state(model, frozen, optimizer, mesh)
     batch, index = make_batch(
@@ -66,7 +76,7 @@ def run_update(
 
     def placed(values: list[list[np.ndarray]]) -> jax.Array:
         array = scatter(index, values, batch.targets.shape).reshape(passes.targets.shape)
-        return jnp.asarray(array, dtype)
+        return jnp.asarray(array, wide)
 
     token_logps = step.make_token_logps(
         graphdef,
@@ -86,7 +96,7 @@ def run_update(
         kl_estimator=low_variance_kl if clipped else None,
     )
     logps, _ = step.make_pass_logps(token_logps, mesh=mesh)(step.all_params(state), passes)
-    assert logps.dtype == dtype
+    assert logps.dtype == wide
     reference = placed(numbers.reference) if clipped else None
     old = placed(numbers.old) if clipped else None
     new, stats = train_step(state, passes, reference, old)

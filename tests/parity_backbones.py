@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
+from tiny_models import LLAMA3
 
 from longrl_jax import convert, models
 from longrl_jax.data import prompts
@@ -35,13 +37,6 @@ TEXT: dict[str, Any] = {
     "tie_word_embeddings": False,
     "torch_dtype": "float32",
 }
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 
 
 def text(name: str, **changes: Any) -> dict[str, Any]:
@@ -52,7 +47,7 @@ def text(name: str, **changes: Any) -> dict[str, Any]:
 def vila(llm: dict[str, Any], projector: str, **changes: Any) -> dict[str, Any]:
     """config.json of a VILA, with those of its parts; frames of 4 x 4 patches."""
     tree = json.loads((ROOT / "configs/models/tiny_vila.json").read_text())
-    tower = {"image_size": 32, "patch_size": 8, "hidden_size": 64, "intermediate_size": 96}
+    tower = {"image_size": 32, "patch_size": 8, "hidden_size": 48, "intermediate_size": 96}
     tree["vision_tower_cfg"] |= tower | {"num_hidden_layers": 3, "layer_norm_eps": 1e-4}
     tree["mm_projector_cfg"]["mm_projector_type"] = projector
     return tree | {"llm_cfg": llm} | changes
@@ -81,7 +76,10 @@ BACKBONES: dict[str, dict[str, Any]] = {
 
 def write(name: str, folder: Path, *, seed: int = 0, corpus: Path | None = None) -> Path:
     """Makes the folder with tokenizer and all, then gives every tensor random numbers (norms around
-    1), so that no bias or scale is trivial. corpus: what the tokenizer learns from."""
+    1), so that no bias or scale is trivial; some of them in bfloat16.
+
+    corpus: what the tokenizer learns from.
+    """
     tree = copy.deepcopy(BACKBONES[name])
     config_json = folder.with_suffix(".json")
     config_json.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +91,8 @@ def write(name: str, folder: Path, *, seed: int = 0, corpus: Path | None = None)
         tensors = load_file(path)
         for tensor, x in tensors.items():
             is_scale = x.ndim == 1 and tensor.endswith("weight")
-            tensors[tensor] = (rng.normal(size=x.shape) * SCALE + is_scale).astype(x.dtype)
+            dtype = ml_dtypes.bfloat16 if "up_proj" in tensor else x.dtype
+            tensors[tensor] = (rng.normal(size=x.shape) * SCALE + is_scale).astype(dtype)
         save_file(tensors, path, metadata={"format": "pt"})
     return folder
 
@@ -134,7 +133,7 @@ class Questions:
 
     def lay_out(self, world: Sequence[tuple[str, tuple[int, int, int], float]]) -> Asked:
         """world: kind, grid in tokens and seconds a unit of every medium."""
-        tokens = self.some_words(9)
+        tokens = self.some_words(40)
         media: list[Media] = []
         is_media = [False] * len(tokens)
         for kind, grid, unit_s in world:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from our_side import run_update
+from our_side import keep_gradient, run_update
 from parity_backbones import Questions
 from tiny_groups import make_group
-from torch_side import Numbers, Side, all_logps, open_side, torch_update
+from torch_side import Numbers, Side, all_logps, open_side, token_mean, torch_update
 
 from longrl_jax import models
 from longrl_jax.config import OptimizerConfig
@@ -84,3 +84,26 @@ def compare(folder: Path) -> Found:
         clear_share=float(clear.sum() / (sizes > 0).sum()),
         moved=np.array([np.abs(x - before).max() for before, _, x in want.values()]),
     )
+
+
+def bfloat16_share(folder: Path) -> float:
+    """Error of our gradient in bfloat16 over that of torch, both against torch in float32.
+
+    Of the log-likelihood: a clip would cut tokens off on one side and not on the other.
+    """
+
+    def theirs(side: Side) -> dict[str, np.ndarray]:
+        token_mean(all_logps(side, numbers), numbers, loss="nll").backward()
+        return {name: x.grad.float().numpy() for name, x in side.trained().items()}
+
+    exact = open_side(folder)
+    numbers = make_numbers(folder, exact)
+    want, rounded = theirs(exact), theirs(open_side(folder, "bfloat16"))
+    layout = {"num_rows": len(numbers.groups), "num_shards": 1}
+    got = run_update(folder, numbers, keep_gradient(), layout=layout, dtype="bfloat16", loss="nll")
+    ours = got.by_name(got.state.opt_state)
+
+    def error(gradient: dict[str, np.ndarray]) -> float:
+        return float(np.sqrt(sum(np.square(gradient[n] - x).sum() for n, x in want.items())))
+
+    return error(ours) / error(rounded)

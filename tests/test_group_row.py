@@ -10,12 +10,10 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import torch
-from our_side import run_update
+from our_side import keep_gradient, run_update
 from tiny_groups import V, make_group, make_prompt
 from tiny_models import write_text, write_vila
 from tiny_qwen2_5_vl import VISION, write_qwen2_5_vl
@@ -179,18 +177,6 @@ def witness(folder, dtype: str) -> Side:
         side.llm, side.dtype = in_float64(side.llm), torch.float64
         side.projector = side.projector and side.projector.double()
     return side
-
-
-# Ours.
-
-
-def keep_gradient() -> optax.GradientTransformation:
-    """An optimizer that changes nothing and whose state is the gradient."""
-
-    def zeros(params: Any) -> Any:
-        return jax.tree.map(jnp.zeros_like, params)
-
-    return optax.GradientTransformation(zeros, lambda grads, _, params: (zeros(grads), grads))
 
 
 @functools.cache

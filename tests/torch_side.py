@@ -66,7 +66,7 @@ class Side:
         processor = transformers.SiglipImageProcessorPil(do_resize=False)
         pixels = processor(list(frames), return_tensors="pt")["pixel_values"].to(self.dtype)
         states = self.tower(pixels, output_hidden_states=True).hidden_states[self.select]
-        return self.projector.layers[0](states).flatten(0, 1)
+        return self.projector.layers[0](states).flatten(0, 1).to(self.dtype)  # padding is float32
 
     def projected(self, packed: torch.Tensor) -> torch.Tensor:
         """The twin without its first layer, which packs patches."""
@@ -156,6 +156,8 @@ def sample_logps(
         None if packed is None else torch.as_tensor(packed),
         longer(prompt, len(answer)),
     )
+    if logits.dtype == torch.bfloat16:
+        logits = logits.float()  # as everyone does before a softmax
     out = torch.zeros(logits.shape[-1], dtype=torch.bool)
     out[list(banned)] = True
     logps = torch.log_softmax(
