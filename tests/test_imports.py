@@ -35,6 +35,7 @@ LAYER = {  # the longest prefix counts; a module that has no row fails the test
     "longrl_jax.train": 4,
     "longrl_jax.evaluate": 4,
     "longrl_jax.convert": 4,
+    "longrl_jax.check": 4,
     "longrl_jax.demo": 4,
     "longrl_jax.plan": 4,
     "longrl_jax.stages": 4,
