@@ -142,9 +142,9 @@ def report(command: str, setup: Setup, results: Mapping[str, Result], wanted: in
         lines += [f"- {fact}" for fact in r.facts]
         if r.status == "FAIL":
             first, *rest = r.reason.splitlines() or [""]
-            said = [*rest, "last lines of its log:", *r.log]
+            words = [*rest, "last lines of its log:", *r.log]
             lines += ["", f"**{first}**", "", " ".join(where.split()), ""]
-            lines += ["```", *(line.replace("```", "'''") for line in said), "```"]
+            lines += ["```", *(line.replace("```", "'''") for line in words), "```"]
         elif r.status == "SKIPPED":
             lines += ["", r.reason]
     return "\n".join(lines) + "\n"
