@@ -18,7 +18,7 @@ from tiny_models import LLAMA3
 
 from longrl_jax import convert, models
 from longrl_jax.data import prompts
-from longrl_jax.types import Example, Media, Prompt, VideoLayout
+from longrl_jax.types import Example, Media, MediaLayout, Prompt, View
 from rollout_bridge import EngineMedia, MediaPrompt
 
 ROOT = Path(__file__).parents[1]
@@ -111,7 +111,7 @@ class Questions:
 
     def __init__(self, folder: Path, cfg: Any, *, seed: int = 0):
         self.rng = np.random.default_rng(seed)
-        self.layout: VideoLayout | None = models.backbone_of(folder).video_layout(cfg)
+        self.layout: MediaLayout | None = models.backbone_of(folder).media_layout(cfg)
         tokenizer = prompts.load_tokenizer(models.llm_folder(folder))
         self.banned = tuple(prompts.media_token_ids(tokenizer))
         self.ids = tokenizer.get_vocab()
@@ -146,7 +146,7 @@ class Questions:
                     key=str(self.rng.integers(2**40)),
                     grid=grid,
                     times_s=(),
-                    size=(0, 0),
+                    view=View(size=(0, 0), grid=grid[1:]),
                     num_tokens=math.prod(grid),
                     offset=offset,
                     unit_s=unit_s,
