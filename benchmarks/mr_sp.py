@@ -219,9 +219,9 @@ class Learner:
         self.encoder = opened.open_encoder(self.policy, self.state)
         self.reference = opened.open_reference(cfg, self.policy, self.state)
         self.to_inputs = opened.make_prompt_embedder(
-            self.policy, smallest_bucket=cfg.batch.smallest_bucket
+            self.policy, self.state, smallest_bucket=cfg.batch.smallest_bucket
         )
-        self.pass_logps = update.make_pass_logps(cfg, self.policy)
+        self.pass_logps = update.make_pass_logps(cfg, self.policy, adapters=False)
         self.train_step = update.make_grpo_update(cfg, self.policy, self.state)
 
 
@@ -327,7 +327,7 @@ class Bench:
         a push of weights would have emptied, finds nothing of another.
         """
         n = side.prefills
-        inputs = learner.to_inputs(learner.state, [self.prompt] * n, [features] * n)
+        inputs = learner.to_inputs(learner.state)([self.prompt] * n, [features] * n)
         for x_PD in (inputs := [np.array(x) for x in inputs]):
             self.prompts_asked += 1
             x_PD[0, 0] += 1e-4 * self.prompts_asked
