@@ -10,6 +10,7 @@ a twin. Our side: what training runs. Ends with an error where a bound does not 
 import argparse
 import dataclasses
 import datetime
+import functools
 import os
 import platform
 import subprocess
@@ -111,13 +112,13 @@ def measure(name: str, root: Path) -> Row:
     asked = questions.ask()
     exact, rounded = (torch_side.open_side(folder, t) for t in ("float32", "bfloat16"))
     want, theirs = (their_values(side, asked) for side in (exact, rounded))
-    ours, (packed, inputs) = our_values(model, asked, jnp.float32)
-    ours_rounded, _ = our_values(model, asked, jnp.bfloat16)
+    ours, (features, inputs) = our_values(model, asked, jnp.float32, exact.stage)
+    ours_rounded, _ = our_values(model, asked, jnp.bfloat16, exact.stage)
     update = parity_update.compare(folder)
     export = root / "export"
     models.save(export, model, cfg, folder)
     tensors = same_files(folder, export)
-    found = in_vllm(export, model, questions, asked, packed, inputs)
+    found = in_vllm(export, model, questions, asked, features, inputs, exact.stage)
     greedy = their_greedy(torch_side.open_side(export), asked, questions.banned)
     if found.greedy != greedy:
         sys.exit(f"{name}: greedy tokens of vLLM are {found.greedy}, of transformers {greedy}")
@@ -146,77 +147,79 @@ def their_values(side: Any, asked: Sequence[Any]) -> Values:
     out: dict[str, list[Any]] = {column: [] for column in COLUMNS}
     with torch.no_grad():
         for a in asked:
-            P, packed = a.prompt, None
-            if a.frames:
-                packed = torch.cat([side.packed(frames) for frames in a.frames])
-                out["vision features"].append(packed.float().numpy())
-                out["projector"].append(side.projected(packed).float().numpy())
-            logits = side.logits(P.tokens, np.flatnonzero(P.is_media), packed, P.rope_pos)
+            P = a.prompt
+            for frames, medium in zip(a.frames, P.media, strict=True):
+                if not medium.view.scales:  # an image's tiles are joined first
+                    out["vision features"].append(side.packed(frames).float().numpy())
+                out["projector"].append(side.shown(frames, medium).float().numpy())
+            stored = stored_of(side, a)
+            logits = side.logits(P.tokens, np.flatnonzero(P.is_media), stored, P.rope_pos)
             out["logits"].append(logits.float().numpy())
             out["log p"].append(picked(out["logits"][-1], P.tokens))
     return joined(out)
 
 
-def their_greedy(side: Any, asked: Sequence[Any], banned: Sequence[int]) -> list[list[int]]:
+def stored_of(side: Any, asked: Any) -> Any:
+    """Torch's rows of all media of a prompt; None where it has none."""
     import torch
+
+    stored = [side.stored(f, m) for f, m in zip(asked.frames, asked.prompt.media, strict=True)]
+    return torch.cat(stored) if stored else None
+
+
+def their_greedy(side: Any, asked: Sequence[Any], banned: Sequence[int]) -> list[list[int]]:
     import torch_side
 
     return [
-        torch_side.greedy(
-            side,
-            a.prompt,
-            torch.cat([side.packed(frames) for frames in a.frames]) if a.frames else None,
-            banned,
-            ROLLOUT.max_tokens,
-        )
+        torch_side.greedy(side, a.prompt, stored_of(side, a), banned, ROLLOUT.max_tokens)
         for a in asked
     ]
 
 
 def our_values(
-    model: nnx.Module, asked: Sequence[Any], dtype: Any
+    model: nnx.Module, asked: Sequence[Any], dtype: Any, stage: str
 ) -> tuple[Values, tuple[list[np.ndarray | None], list[np.ndarray]]]:
-    """Returns the columns, and (stored features, embeddings) of every prompt."""
+    """Returns the columns, and (features of that stage, embeddings) of every prompt."""
     graphdef, params = nnx.split(model)
 
-    @jax.jit
-    def encode(params: Any, frames: jax.Array) -> tuple[jax.Array, ...]:
+    @functools.partial(jax.jit, static_argnames=("stage", "view"))
+    def encode(params: Any, frames: jax.Array, stage: str, view: Any) -> jax.Array:
         model = nnx.merge(graphdef, params)
-        return tuple(
-            model.encode(frames, stage=stage, compute_dtype=dtype).astype(jnp.float32)
-            for stage in ("packed", "projected")
-        )
+        x = model.encode(frames, stage=stage, view=view, compute_dtype=dtype)
+        return x.reshape(-1, x.shape[-1]).astype(jnp.float32)
 
     @jax.jit
     def forward(params: Any, tokens: Any, is_media: Any, features: Any, pos: Any) -> Any:
         model = nnx.merge(graphdef, params)
-        x = model.embed(tokens[None], is_media[None], features, compute_dtype=dtype)
+        x = model.embed(tokens[None], is_media[None], features, stage=stage, compute_dtype=dtype)
         order = jnp.arange(len(tokens))[None]
         ids = pos[None], order, jnp.zeros_like(order), jnp.ones_like(order)
         h = model.hidden(x, *ids, compute_dtype=dtype)
         return x[0].astype(jnp.float32), (h @ model.head().astype(dtype))[0].astype(jnp.float32)
 
     out: dict[str, list[Any]] = {column: [] for column in COLUMNS}
-    stored: list[np.ndarray | None] = []
+    features: list[np.ndarray | None] = []
     inputs = []
     for a in asked:
-        P, features = a.prompt, None
-        if a.frames:
-            stages = zip(*(encode(params, f) for f in a.frames), strict=True)
-            packed, projected = (
-                np.concatenate([np.asarray(x).reshape(-1, x.shape[-1]) for x in media])
-                for media in stages
-            )
-            out["vision features"].append(packed)
-            out["projector"].append(projected)
-            features = np.zeros((1, len(P.tokens), packed.shape[-1]), np.float32)
-            features[0, P.is_media] = packed
-        stored.append(packed if a.frames else None)
-        x_PD, logits = forward(params, P.tokens, P.is_media, features, P.rope_pos)
+        P, aligned, stored = a.prompt, None, []
+        for frames, medium in zip(a.frames, P.media, strict=True):
+            shown = encode(params, frames, "projected", medium.view)
+            packed = None
+            if not medium.view.scales:
+                packed = encode(params, frames, "packed", None)
+                out["vision features"].append(packed)
+            out["projector"].append(shown)
+            stored.append(np.asarray(packed if stage == "packed" else shown))
+        if stored:
+            rows = np.concatenate(stored)
+            aligned = np.zeros((1, len(P.tokens), rows.shape[-1]), np.float32)
+            aligned[0, P.is_media] = rows
+        features.append(rows if stored else None)
+        x_PD, logits = forward(params, P.tokens, P.is_media, aligned, P.rope_pos)
         inputs.append(np.asarray(x_PD))
         out["logits"].append(logits)
         out["log p"].append(picked(logits, P.tokens))
-    return joined(out), (stored, inputs)
+    return joined(out), (features, inputs)
 
 
 def picked(logits_PV: Any, tokens: np.ndarray) -> np.ndarray:
@@ -251,8 +254,9 @@ def in_vllm(
     model: nnx.Module,
     questions: Any,
     asked: Sequence[Any],
-    packed: Sequence[np.ndarray | None],
+    features: Sequence[np.ndarray | None],
     inputs: Sequence[np.ndarray],
+    stage: str,
 ) -> InVllm:
     """Asks for greedy tokens, then for sampled ones, whose log p is compared on group rows."""
     from parity_backbones import as_media
@@ -290,7 +294,7 @@ def in_vllm(
     ]
     return InVllm(
         [answer.tokens.tolist() for (answer,) in said],
-        gap_of(model, rollouts, packed, questions.banned),
+        gap_of(model, rollouts, features, questions.banned, stage),
         seen,
     )
 
@@ -314,11 +318,15 @@ def listen(engine: Any) -> list[np.ndarray]:
 
 
 def gap_of(
-    model: nnx.Module, rollouts: Sequence[Rollout], packed: Sequence[Any], banned: Sequence[int]
+    model: nnx.Module,
+    rollouts: Sequence[Rollout],
+    features: Sequence[Any],
+    banned: Sequence[int],
+    stage: str,
 ) -> np.ndarray:
     batch, _ = batching.make_batch(
         rollouts,
-        features=packed,
+        features=features,
         advantages=[np.zeros(len(r.samples), np.float32) for r in rollouts],
         num_rows=len(rollouts),
         num_shards=1,
@@ -326,7 +334,9 @@ def gap_of(
         max_row_tokens=4096,
     )
     graphdef, params = nnx.split(model)
-    token_logps = step.make_token_logps(graphdef, temperature=TEMPERATURE, banned_tokens=banned)
+    token_logps = step.make_token_logps(
+        graphdef, temperature=TEMPERATURE, banned_tokens=banned, stage=stage
+    )
     logps = np.asarray(jax.jit(token_logps)(params, batch)[0])
     return np.abs(logps - batch.engine_logps)[batch.loss_mask]
 
@@ -460,7 +470,8 @@ def report(rows: Sequence[Row]) -> list[str]:
         "",
         "- **vision features, projector**: of images and films; ours are stored behind the tower.",
         "- **gradient**: |difference| / |gradient| of the worst tensor; GRPO's loss with KL term, "
-        "group rows against separate sequences, tower frozen, norm clipped.",
+        "group rows against separate sequences, norm clipped; the tower is frozen, where films are "
+        "pooled (TSP) the projector, too.",
         "- **updated tensors**: after one step of AdamW (learning rate 1e-3), of the numbers whose "
         f"gradient is over 1e-5 of the largest one (at least {clear:.0%} of those with any). "
         "Adam's first step is as long as the learning rate however small a gradient is, so where "

@@ -54,8 +54,11 @@ def run_update(
     dtype: str = "float32",
     loss: str = "clipped",
 ) -> Result:
-    """One update of everything but the tower. layout: num_rows, num_shards and more of make_batch;
-    dtype: of products, if float64 of parameters, too; loss: "clipped", with a KL term, or "nll"."""
+    """One update of everything behind numbers.stage.
+
+    layout: num_rows, num_shards and more of make_batch; dtype: of products, if float64 of
+    parameters, too; loss: "clipped", with a KL term, or "nll".
+    """
     num_shards = layout["num_shards"]
     mesh = make_mesh(seq=num_shards, devices=jax.devices()[:num_shards])
     cfg, model = models.load(folder, mesh=mesh)
@@ -63,6 +66,7 @@ def run_update(
     graphdef, params = nnx.split(model)
     model = nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(wide), params))
     frozen = ("vision",) if hasattr(model, "vision") else ()
+    frozen += ("projector",) if numbers.stage == "projected" else ()
     graphdef, state = step.init_state(model, frozen, optimizer, mesh)
     batch, index = make_batch(
         numbers.groups,
@@ -83,6 +87,7 @@ def run_update(
         temperature=TEMPERATURE,
         banned_tokens=numbers.banned,
         compute_dtype=dtype,
+        stage=numbers.stage,
         head_chunk=4,
     )
     clipped = loss == "clipped"

@@ -61,6 +61,19 @@ def qwen2_5_vl(**changes: Any) -> dict[str, Any]:
     return tree | changes
 
 
+S2 = {"s2": True, "s2_scales": "32,64", "s2_max_split_size": 32}
+NVILA = {
+    "dynamic_s2": True,
+    "s2_scales": "32,64",
+    "s2_resize_output_to_scale_idx": -1,
+    "image_aspect_ratio": "dynamic_s2",
+    "max_tiles": 6,
+    "video_encoder": {
+        "_target_": "llava.model.encoders.TSPVideoEncoder",
+        "pool_sizes": [[4, 1, 1]],
+        "start_tokens": "t",
+    },
+}
 BACKBONES: dict[str, dict[str, Any]] = {
     "Qwen2": text("Qwen2"),
     "Qwen2, tied head": text("Qwen2", tie_word_embeddings=True),
@@ -69,6 +82,8 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "Llama, Llama-3 rotation": text("Llama", rope_scaling=LLAMA3),
     "VILA: Qwen2, 2x2": vila(text("Qwen2"), "mlp_downsample_2x2_fix"),
     "VILA: Llama, 3x3": vila(text("Llama"), "mlp_downsample_3x3_fix"),
+    "VILA: Llama, 2x2, S2": vila(text("Llama"), "mlp_downsample", **S2),
+    "NVILA: Qwen2, dynamic S2, TSP": vila(text("Qwen2"), "mlp_downsample_3x3_s2", **NVILA),
     "Qwen2.5-VL": qwen2_5_vl(),
 }
 """Name -> config.json."""
@@ -99,11 +114,16 @@ def write(name: str, folder: Path, *, seed: int = 0, corpus: Path | None = None)
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A prompt and the frames of its media."""
+    """A prompt and the pictures of its media."""
 
     prompt: Prompt
     frames: tuple[np.ndarray, ...]
     """uint8 [F, Y, X, 3] each, as the model's encode takes them."""
+
+
+World = Sequence[tuple[str, tuple[int, int, int], float]]
+"""Kind, size and seconds a unit of every medium. Size: Qwen2.5-VL's grid in tokens; else frames and
+pixels of the file."""
 
 
 class Questions:
@@ -112,42 +132,41 @@ class Questions:
     def __init__(self, folder: Path, cfg: Any, *, seed: int = 0):
         self.rng = np.random.default_rng(seed)
         self.layout: MediaLayout | None = models.backbone_of(folder).media_layout(cfg)
-        tokenizer = prompts.load_tokenizer(models.llm_folder(folder))
-        self.banned = tuple(prompts.media_token_ids(tokenizer))
-        self.ids = tokenizer.get_vocab()
-        first = max(self.ids[token] for token in tokenizer.all_special_tokens) + 1
+        self.tokenizer = prompts.load_tokenizer(models.llm_folder(folder))
+        self.banned = tuple(prompts.media_token_ids(self.tokenizer))
+        self.ids = self.tokenizer.get_vocab()
+        first = max(self.ids[token] for token in self.tokenizer.all_special_tokens) + 1
         self.words = np.setdiff1d(np.arange(first, len(self.ids)), self.banned)
-        self.separator = self.layout and tokenizer.encode(self.layout.separator)
 
     def ask(self) -> list[Asked]:
         """Words alone, twice; with media where the backbone takes any."""
-        worlds: list[list[tuple[str, tuple[int, int, int], float]]] = [[], []]
+        worlds: list[World] = [[], []]
         if self.layout is not None and self.layout.media_apart:
             worlds[1:] = [
                 [("image", (1, 2, 3), 1.0)],
                 [("video", (3, 2, 2), 1.5), ("image", (1, 1, 2), 1.0)],
             ]
         elif self.layout is not None:
-            worlds[1] = [("video", (3, *self.layout.grid), 1.0)]
+            worlds[1:] = [[("video", (8, 30, 50), 1.0)], [("image", (1, 320, 480), 1.0)]]
         return [self.lay_out(world) for world in worlds]
 
-    def lay_out(self, world: Sequence[tuple[str, tuple[int, int, int], float]]) -> Asked:
-        """world: kind, grid in tokens and seconds a unit of every medium."""
+    def lay_out(self, world: World) -> Asked:
         tokens = self.some_words(40)
         media: list[Media] = []
         is_media = [False] * len(tokens)
-        for kind, grid, unit_s in world:
-            pieces = self._pieces(kind, grid)
+        for kind, size, unit_s in world:
+            view, units = self._view(kind, size)
+            pieces = self._pieces(kind, view, units)
             offset = len(tokens) + [at for _, at in pieces].index(True)
             media.append(
                 Media(
                     kind=kind,
                     path="",
                     key=str(self.rng.integers(2**40)),
-                    grid=grid,
+                    grid=(units, *view.grid),
+                    view=view,
                     times_s=(),
-                    view=View(size=(0, 0), grid=grid[1:]),
-                    num_tokens=math.prod(grid),
+                    num_tokens=units * math.prod(view.grid),
                     offset=offset,
                     unit_s=unit_s,
                 )  # fmt: skip
@@ -163,30 +182,42 @@ class Questions:
             is_media=np.array(is_media), rope_pos=rope_pos, next_rope_pos=following,
             media=tuple(media),
         )  # fmt: skip
-        return Asked(prompt, tuple(self._frames(kind, grid) for kind, grid, _ in world))
+        return Asked(prompt, tuple(self._frames(m) for m in media))
 
     def some_words(self, count: int) -> list[int]:
         return self.rng.choice(self.words, count).tolist()
 
-    def _pieces(self, kind: str, grid: tuple[int, int, int]) -> list[tuple[int, bool]]:
+    def _view(self, kind: str, size: tuple[int, int, int]) -> tuple[View, int]:
+        """What the tower gets, and how many units of it."""
+        first, *rest = size
+        if self.layout.media_apart:
+            grid = tuple(rest)
+            px = tuple(n * side for n, side in zip(grid, self.layout.image_size, strict=True))
+            return View(size=px, grid=grid, unit_frames=self.layout.unit_frames), first
+        if kind == "image":
+            return self.layout.image(*rest), 1
+        view = self.layout.video(*rest, first)
+        return view, first // view.unit_frames
+
+    def _pieces(self, kind: str, view: View, units: int) -> list[tuple[int, bool]]:
         """(token, whether a feature stands there) of a medium: drawn as the papers draw them."""
+        count = math.prod(view.grid)
         if self.layout.media_apart:
             token = self.ids["<|image_pad|>" if kind == "image" else "<|video_pad|>"]
-            inside = [(token, True)] * math.prod(grid)
             start, end = (self.ids[f"<|vision_{side}|>"] for side in ("start", "end"))
-            return [(start, False), *inside, (end, False)]
-        frame = [(self.ids[self.layout.media_token], True)] * math.prod(grid[1:])
-        return (frame + [(token, False) for token in self.separator]) * grid[0]
+            return [(start, False), *[(token, True)] * (units * count), (end, False)]
+        token = self.ids["<image>" if kind == "image" else "<vila/video>"]
+        opening, closing = "" if kind == "image" else self.layout.opening, self.layout.separator
+        before, after = (
+            [(t, False) for t in self.tokenizer.encode(words)] for words in (opening, closing)
+        )
+        return [*before, *[(token, True)] * count, *after] * units
 
-    def _frames(self, kind: str, grid: tuple[int, int, int]) -> np.ndarray:
-        t, y, x = grid
-        if self.layout.pixels is not None:
-            y, x = y * self.layout.image_size[0], x * self.layout.image_size[1]
-        else:
-            y, x = self.layout.image_size
-        unit = self.layout.unit_frames
-        frames = self.rng.integers(0, 256, (t * unit, y, x, 3), dtype=np.uint8)
-        if kind == "image":
+    def _frames(self, medium: Media) -> np.ndarray:
+        view = medium.view
+        count = view.inputs if medium.kind == "image" else medium.grid[0] * view.unit_frames
+        frames = self.rng.integers(0, 256, (count, *view.size, 3), dtype=np.uint8)
+        if medium.kind == "image" and not view.scales:
             frames[1:] = frames[:1]
         return frames
 

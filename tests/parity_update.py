@@ -46,10 +46,13 @@ def make_numbers(folder: Path, side: Side) -> Numbers:
     for asked, lengths in zip(questions.ask(), LENGTHS, strict=False):
         answers = [questions.some_words(n) for n in lengths]
         groups.append(make_group(asked.prompt, *answers))
-        packed = [side.packed(frames).float().numpy() for frames in asked.frames]
-        features.append(np.concatenate(packed) if packed else None)
+        stored = [
+            side.stored(frames, medium).float().numpy()
+            for frames, medium in zip(asked.frames, asked.prompt.media, strict=True)
+        ]
+        features.append(np.concatenate(stored) if stored else None)
     advantage = [rng.normal(size=2).astype(np.float32) for _ in groups]
-    numbers = Numbers(groups, features, advantage, [], [], questions.banned)
+    numbers = Numbers(groups, features, advantage, [], [], questions.banned, side.stage)
     with torch.no_grad():
         logps = [[x.numpy() for x in group] for group in all_logps(side, numbers)]
 

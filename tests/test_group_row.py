@@ -20,7 +20,7 @@ from tiny_qwen2_5_vl import VISION, write_qwen2_5_vl
 from torch_side import Numbers, Side, all_logps, open_side, token_mean
 
 from longrl_jax.models import qwen2_5_vl
-from longrl_jax.types import Media
+from longrl_jax.types import Media, View
 
 BOUND = {"float32": 1e-5, "float64": 1e-10}
 """Of |difference| / |gradient|, for every parameter array: the project's promise."""
@@ -121,8 +121,9 @@ def positions(case: Case, tokens: list[int]) -> dict[str, Any]:
     media = []
     if V in tokens:
         film = Media(
-            kind="video", path="", key="", grid=case.grid, times_s=(), size=(0, 0),
-            num_tokens=case.num_media, offset=tokens.index(V), unit_s=1.5,
+            kind="video", path="", key="", grid=case.grid, times_s=(),
+            view=View(size=(0, 0), grid=case.grid[1:]), num_tokens=case.num_media,
+            offset=tokens.index(V), unit_s=1.5,
         )  # fmt: skip
         media.append(film)
     rope_pos, following = qwen2_5_vl.rope_positions(

@@ -8,7 +8,7 @@ import pytest
 from parity_backbones import write
 
 FAST = ("Qwen2.5-VL",)
-SLOW = ("Qwen2, tied head", "Qwen3", "VILA: Llama, 3x3")
+SLOW = ("Qwen2, tied head", "Qwen3", "VILA: Llama, 3x3", "NVILA: Qwen2, dynamic S2, TSP")
 GRAD_BOUND = 2e-5  # of every tensor: 1.4e-5 was measured; two attentions of torch differ by 6e-6
 STEP_BOUND = 1e-3  # of the learning rate, where the gradient is not small: eps is not nothing there
 

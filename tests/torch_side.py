@@ -12,6 +12,8 @@ import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file
+from test_s2 import dynamic_twin, fixed_twin
+from test_vila_family import pooled_by_loop
 from tiny_models import make_projector
 from tiny_qwen2_5_vl import published_name, their_patches
 from transformers.vision_utils import get_vision_window_index
@@ -33,6 +35,8 @@ class Numbers:
     old: list[list[np.ndarray]]
     reference: list[list[np.ndarray]]
     banned: tuple[int, ...]
+    stage: str = "packed"
+    """Of the features: what lies behind it is trained."""
 
 
 class Side:
@@ -45,17 +49,21 @@ class Side:
         self.is_vila, self.projector = (folder / "llm").is_dir(), None
         llm_folder = folder / "llm" if self.is_vila else folder
         self.llm = transformers.AutoModelForCausalLM.from_pretrained(llm_folder, **options).eval()
+        self.stage = "packed"
         if self.is_vila:
+            self.top = json.loads((folder / "config.json").read_text())
             self.tower = transformers.SiglipVisionModel.from_pretrained(
                 folder / "vision_tower", **options
             ).eval()
+            self.scales = [int(x) for x in self.top.get("s2_scales", "0").split(",")]
             self.projector = self._open_twin(folder).to(self.dtype)
-            self.select = json.loads((folder / "config.json").read_text())["mm_vision_select_layer"]
+            self.pools = self.top.get("video_encoder", {}).get("pool_sizes")
+            self.stage = "projected" if self.pools else "packed"  # pools are behind the projector
 
     def _open_twin(self, folder: Path) -> torch.nn.Module:
         tree = json.loads((folder / "mm_projector" / "config.json").read_text())
-        widths = self.tower.config.hidden_size, self.llm.config.hidden_size
-        twin = make_projector(tree["mm_projector_type"], *widths)
+        width = len(self.scales) * self.tower.config.hidden_size
+        twin = make_projector(tree["mm_projector_type"], width, self.llm.config.hidden_size)
         twin.load_state_dict(load_file(folder / "mm_projector" / "model.safetensors"))
         return twin
 
@@ -63,10 +71,46 @@ class Side:
     def packed(self, frames: np.ndarray) -> torch.Tensor:
         """Published preprocessing and the chosen hidden state, neighbours side by side: [M, C] of
         uint8 [F, Y, X, 3]."""
+        return self._pack(self._states(frames)).flatten(0, 1)
+
+    def _pack(self, states: torch.Tensor) -> torch.Tensor:
+        return self.projector.layers[0](states).to(self.dtype)  # its padding is float32
+
+    def _states(self, frames: np.ndarray) -> torch.Tensor:
+        if self.top.get("s2"):
+            size = self.tower.config.image_size
+            return fixed_twin(self._cast_tower, frames, self.scales, size, 0)
         processor = transformers.SiglipImageProcessorPil(do_resize=False)
         pixels = processor(list(frames), return_tensors="pt")["pixel_values"].to(self.dtype)
-        states = self.tower(pixels, output_hidden_states=True).hidden_states[self.select]
-        return self.projector.layers[0](states).flatten(0, 1).to(self.dtype)  # padding is float32
+        select = self.top["mm_vision_select_layer"]
+        states = self.tower(pixels, output_hidden_states=True).hidden_states[select]
+        return states.repeat(1, 1, len(self.scales))  # of a frame in dynamic S2: one for all
+
+    def _cast_tower(self, pixels: torch.Tensor, **options: Any) -> Any:
+        return self.tower(pixels.to(self.dtype), **options)
+
+    def _cast_projector(self, states: torch.Tensor) -> torch.Tensor:
+        return self.projected(self._pack(states))
+
+    @torch.no_grad()
+    def stored(self, frames: np.ndarray, medium: Any) -> torch.Tensor:
+        """The rows of a medium's tokens, of `stage`."""
+        if self.stage == "packed":
+            return self.packed(frames)
+        return self.shown(frames, medium)
+
+    @torch.no_grad()
+    def shown(self, frames: np.ndarray, medium: Any) -> torch.Tensor:
+        """What the language model sees of a medium: [M, D]."""
+        if medium.view.scales:
+            size = self.tower.config.image_size
+            blocks = [(y // size, x // size) for y, x in medium.view.scales]
+            parts = {"vision_tower": self._cast_tower, "mm_projector": self._cast_projector}
+            return dynamic_twin(parts, frames, blocks, -1)
+        tokens = self.projected(self.packed(frames))
+        if medium.kind == "video" and self.stage == "projected":
+            tokens = pooled_by_loop(tokens.reshape(len(frames), -1, tokens.shape[-1]), self.pools)
+        return tokens
 
     def projected(self, packed: torch.Tensor) -> torch.Tensor:
         """The twin without its first layer, which packs patches."""
@@ -76,13 +120,14 @@ class Side:
         self,
         tokens: np.ndarray,
         media_at: np.ndarray,
-        packed: torch.Tensor | None,
+        stored: torch.Tensor | None,
         rope_pos: np.ndarray,
     ) -> torch.Tensor:
         """[T, V] of one sequence whose media stand at the indices media_at."""
         x_TD = self.llm.get_input_embeddings()(torch.tensor(tokens).long())
-        if packed is not None:
-            media = self.projected(packed.to(self.dtype))
+        if stored is not None:
+            media = stored.to(self.dtype)
+            media = self.projected(media) if self.stage == "packed" else media
             x_TD = x_TD.index_put((torch.tensor(media_at),), media)
         return self._logits(x_TD, torch.tensor(rope_pos).long())
 
@@ -93,12 +138,16 @@ class Side:
         """Parameters of the language model and the projector, by their names in the folder."""
         if not self.is_vila:
             return dict(self.llm.named_parameters())
-        parts = {"llm": self.llm, "mm_projector": self.projector}
+        parts = {"llm": self.llm}
+        if self.stage == "packed":
+            parts["mm_projector"] = self.projector
         return {f"{p}/{n}": x for p, part in parts.items() for n, x in part.named_parameters()}
 
 
 class Qwen25VlSide(Side):
     """A folder of Qwen2.5-VL."""
+
+    stage = "packed"
 
     def __init__(self, folder: Path, dtype: str = "float32"):
         torch.set_num_threads(1)
