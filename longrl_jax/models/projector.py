@@ -17,11 +17,16 @@ from longrl_jax.models import layers
 from longrl_jax.models.weights import Param
 
 NORM_EPS = 1e-5
-REFUSED = ("mlp_downsample_3x3_s2", "mlp_downsample_3x3_s2_new")
-KINDS = (
-    "identity, linear, mlpNx_gelu (N: a number), mlp_downsample, mlp_downsample_2x2_fix, "
-    "mlp_downsample_3x3_fix"
-)
+PACKED: dict[str, tuple[int, tuple[float, ...]]] = {
+    "mlp_downsample": (2, ()),
+    "mlp_downsample_2x2_fix": (2, ()),
+    "mlp_downsample_3x3_fix": (3, (3,)),
+    "mlp_downsample_3x3_s2": (3, (3, 1, 1 / 3)),
+    "mlp_downsample_3x3_s2_new": (3, (4, 2, 1, 1 / 3)),
+}
+"""Kind -> side of the pack, and the widths between its input and the model's, in tower widths
+(rounded down). The two 2x2 kinds are the same function."""
+KINDS = f"identity, linear, mlpNx_gelu (N: a number), {', '.join(PACKED)}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +36,7 @@ class Config:
     kind: str
     """mm_projector_type of the checkpoint."""
     width_in: int
-    """Width of the tower."""
+    """Width of the tower's states, those of all scales together (S2)."""
     width_out: int
     """Width of the language model."""
 
@@ -50,15 +55,8 @@ class Step:
 
 def pack_size(kind: str) -> int:
     """Returns the side of the square of patches that becomes one token; refuses unknown kinds."""
-    if kind in REFUSED:
-        raise ValueError(
-            f"mm_projector_type={kind!r} belongs to S2 (several image scales), which is not "
-            f"supported yet; choose a checkpoint with one of {KINDS}"
-        )
-    if kind in ("mlp_downsample", "mlp_downsample_2x2_fix"):
-        return 2
-    if kind == "mlp_downsample_3x3_fix":
-        return 3
+    if kind in PACKED:
+        return PACKED[kind][0]
     if kind in ("identity", "linear") or re.fullmatch(r"mlp[1-9]\d*x_gelu", kind):
         return 1
     raise ValueError(f"mm_projector_type={kind!r} is unknown; we know {KINDS}")
@@ -88,7 +86,7 @@ def packed_side(grid: int, size: int) -> int:
 def steps(cfg: Config) -> tuple[Step, ...]:
     """Returns the parametrized layers of a projector, in order."""
     C, D = cfg.width_in, cfg.width_out
-    W = C * pack_size(cfg.kind) ** 2
+    pack_size(cfg.kind)  # refuses unknown kinds
     if cfg.kind == "identity":
         if C != D:
             raise ValueError(
@@ -104,19 +102,14 @@ def steps(cfg: Config) -> tuple[Step, ...]:
             Step(f"layers.{2 * i}", widths[i], widths[i + 1], gelu=i < depth - 1)
             for i in range(depth)
         )
-    if pack_size(cfg.kind) == 2:
-        return (
-            Step("layers.1", W, 0),
-            Step("layers.2", W, D, gelu=True),
-            Step("layers.4", D, D),
-        )
-    return (
-        Step("layers.1", W, 0),
-        Step("layers.2", W, 3 * C, gelu=True),
-        Step("layers.4", 3 * C, 0),
-        Step("layers.5", 3 * C, D, gelu=True),
-        Step("layers.7", D, D),
-    )
+    size, factors = PACKED[cfg.kind]
+    widths = [C * size**2, *(int(C * factor + 1e-6) for factor in factors)]
+    out, index = [], 1  # 0 is the pack
+    for width, following in zip(widths, [*widths[1:], D], strict=True):
+        out.append(Step(f"layers.{index}", width, 0))
+        out.append(Step(f"layers.{index + 1}", width, following, gelu=True))
+        index += 3
+    return (*out, Step(f"layers.{index}", D, D))
 
 
 class Projector(nnx.Module):

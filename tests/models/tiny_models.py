@@ -99,8 +99,11 @@ class Pack(torch.nn.Module):
         return torch.stack(cells, dim=1).reshape(F, -1, self.size**2 * C)
 
 
-def make_projector(kind: str, C: int = VISION_WIDTH, D: int = WIDTH, seed: int = 2):
-    """A torch twin that is written down from the published description, `layers.N` and all."""
+def make_projector(kind: str, C: int = VISION_WIDTH, D: int = WIDTH, seed: int | None = 2):
+    """A torch twin that is written down from the published description, `layers.N` and all.
+
+    seed: None leaves the tensors as torch makes them.
+    """
     nn = torch.nn
     sequences = {
         "mlp2x_gelu": lambda: [nn.Linear(C, D), nn.GELU(), nn.Linear(D, D)],
@@ -128,6 +131,41 @@ def make_projector(kind: str, C: int = VISION_WIDTH, D: int = WIDTH, seed: int =
             nn.GELU(),
             nn.Linear(D, D),
         ],  # fmt: skip
+        "mlp_downsample_3x3_s2": lambda: [
+            Pack(3),
+            nn.LayerNorm(9 * C),
+            nn.Linear(9 * C, 3 * C),
+            nn.GELU(),
+            nn.LayerNorm(3 * C),
+            nn.Linear(3 * C, C),
+            nn.GELU(),
+            nn.LayerNorm(C),
+            nn.Linear(C, C // 3),
+            nn.GELU(),
+            nn.LayerNorm(C // 3),
+            nn.Linear(C // 3, D),
+            nn.GELU(),
+            nn.Linear(D, D),
+        ],  # fmt: skip
+        "mlp_downsample_3x3_s2_new": lambda: [
+            Pack(3),
+            nn.LayerNorm(9 * C),
+            nn.Linear(9 * C, 4 * C),
+            nn.GELU(),
+            nn.LayerNorm(4 * C),
+            nn.Linear(4 * C, 2 * C),
+            nn.GELU(),
+            nn.LayerNorm(2 * C),
+            nn.Linear(2 * C, C),
+            nn.GELU(),
+            nn.LayerNorm(C),
+            nn.Linear(C, C // 3),
+            nn.GELU(),
+            nn.LayerNorm(C // 3),
+            nn.Linear(C // 3, D),
+            nn.GELU(),
+            nn.Linear(D, D),
+        ],  # fmt: skip
     }
     sequences["mlp_downsample_2x2_fix"] = sequences["mlp_downsample"]
 
@@ -144,7 +182,7 @@ def make_projector(kind: str, C: int = VISION_WIDTH, D: int = WIDTH, seed: int =
         def forward(self, x):
             return self.layers(x)
 
-    return randomize(Projector(), seed)
+    return Projector() if seed is None else randomize(Projector(), seed)
 
 
 def write_vila(
@@ -156,17 +194,20 @@ def write_vila(
     bfloat16: tuple[str, ...] = (),
     llm_width: int = WIDTH,
     family: str = "qwen2",
+    num_scales: int = 1,
+    top: dict | None = None,
 ) -> dict[str, torch.nn.Module]:
     """Writes a VILA folder with safetensors.torch (not with our writer) and returns its parts.
 
-    Tensors whose name contains one of `bfloat16` are stored in that type.
+    Tensors whose name contains one of `bfloat16` are stored in that type. num_scales: of S2, whose
+    states the projector takes; top: what config.json says besides.
     """
     from safetensors.torch import save_file
 
     parts = {
         "llm": make_text(family, tied=tied, width=llm_width),
         "vision_tower": make_siglip(),
-        "mm_projector": make_projector(kind, D=llm_width),
+        "mm_projector": make_projector(kind, C=num_scales * VISION_WIDTH, D=llm_width),
     }
     for sub, module in parts.items():
         start = prefix if sub == "vision_tower" else ""
@@ -183,8 +224,8 @@ def write_vila(
             (folder / sub / "config.json").write_text(json.dumps(tree))
         else:
             module.config.save_pretrained(folder / sub)
-    top = {"model_type": "llava_llama", "mm_vision_select_layer": -2}
-    (folder / "config.json").write_text(json.dumps(top))
+    tree = {"model_type": "llava_llama", "mm_vision_select_layer": -2, **(top or {})}
+    (folder / "config.json").write_text(json.dumps(tree))
     return parts
 
 
