@@ -1,6 +1,7 @@
 """Run configuration: the dataclasses that mirror a file in configs/, and its loader."""
 
 import dataclasses
+import json
 import math
 import types
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,8 @@ from typing import TypeVar
 from longrl_jax import records, strict_yaml
 
 X = TypeVar("X")
+DEFAULT_FRAMES = 16
+"""data.num_frames where neither the config nor the checkpoint says it."""
 MAX_SEED = 2**32 - 1
 """Grain takes no larger one."""
 MAX_SIMULATED_DEVICES = 512
@@ -114,10 +117,14 @@ class DataConfig:
     """Format of the records: a name in longrl_jax.data.SOURCES."""
     template: str = "think"
     """How a question is put to the model: think (reasoning, then an answer in tags) or direct."""
-    num_frames: int = 16
-    """Frames of a video when fps is 0; the most frames of a video when fps is set."""
+    num_frames: int = 0
+    """Frames of a video when fps is 0; the most frames of a video when fps is set. 0: as
+    num_video_frames in the config.json of model.path (VILA), with its fps where fps is 0 here; 16
+    where it says none."""
     fps: float = 0.0
     """Frames a second; 0: num_frames spread evenly over the video."""
+    frame_pool: int = 0
+    """Frames whose tokens are averaged (VILA's TSP); 1: none; 0: as the checkpoint says it."""
     min_pixels: int = 0
     """Fewest pixels of a frame where its size follows the film's (Qwen2.5-VL); 0: the backbone's
     own, 100352."""
@@ -147,7 +154,9 @@ class DataConfig:
         _filled("data.train", self.train)
         _one_of("data.decoder", self.decoder, ("pyav", "decord"))
         _one_of("data.template", self.template, ("think", "direct"))
-        _positive("data.num_frames", self.num_frames)
+        for name in ("num_frames", "frame_pool"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name}={getattr(self, name)} must be 0 or more")
         if self.num_frames > 8192:
             raise ValueError(f"data.num_frames={self.num_frames} is over 8192, the most we decode")
         if not 0 <= self.fps <= 1000:
@@ -508,7 +517,26 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     tree = strict_yaml.read(path)
     for item in overrides:
         strict_yaml.override(tree, item)
-    return records.build(Config, tree)
+    return _with_frames(records.build(Config, tree))
+
+
+def _with_frames(cfg: Config) -> Config:
+    """Fills in data.num_frames and data.fps from the checkpoint, where num_frames is 0."""
+    if cfg.data.num_frames:
+        return cfg
+    path = Path(cfg.model.path)
+    try:
+        said = json.loads((path / "config.json" if path.is_dir() else path).read_text())
+    except (OSError, ValueError):  # whoever opens the checkpoint says what is wrong with it
+        said = {}
+    said = said if isinstance(said, dict) else {}
+    num_frames = said.get("num_video_frames") or DEFAULT_FRAMES
+    fps = cfg.data.fps or said.get("fps") or 0.0
+    for name, value, wanted in (("num_video_frames", num_frames, int), ("fps", fps, int | float)):
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise ValueError(f"{path}: {name}={value!r} must be a number; set data.num_frames")
+    data = dataclasses.replace(cfg.data, num_frames=num_frames, fps=float(fps))
+    return dataclasses.replace(cfg, data=data)
 
 
 def to_yaml(config: Config) -> str:

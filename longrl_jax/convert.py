@@ -39,6 +39,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 """ChatML."""
+SHOWN_FRAMES, SHOWN_IMAGE = 256, (1080, 1920)
+"""Of the film and the image that `inspect` speaks of."""
 NUM_BYTES = 256
 LOOK_BACK = (1, 2, 3)
 """Tokens that the first heads of layer 0 look back, with --looking-back."""
@@ -170,6 +172,13 @@ def inspect(folder: Path) -> Iterator[str]:
         (h, w), (rows, columns) = layout.image_size, layout.grid
         if layout.pixels is None:
             yield f"video: frames of {h} x {w} px become {rows} x {columns} tokens and a separator"
+            if layout.video_pools is not None:
+                pools = " and ".join(map(str, layout.video_pools(SHOWN_FRAMES)))
+                yield f"film of {SHOWN_FRAMES} frames: frames, rows, columns {pools} share a token"
+            if layout.image_view is not None:
+                height, width = SHOWN_IMAGE
+                tiles = layout.image(height, width).inputs
+                yield f"image alone in a prompt: cut into tiles; {height} x {width} px into {tiles}"
         else:
             fewest, most = layout.pixels
             yield (

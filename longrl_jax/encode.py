@@ -82,8 +82,9 @@ def chunk_sizes(
     mesh: jax.sharding.Mesh, view: View, *, chunk_frames: int = CHUNK_FRAMES
 ) -> tuple[int, ...]:
     """Returns the numbers of frames that the tower is compiled for, smallest first: whole units for
-    every device."""
+    every device. chunk_frames: pictures that the tower sees at a time."""
     split = mesh.devices.size // mesh.shape["tensor"] * view.unit_frames
+    chunk_frames = max(1, chunk_frames // view.cost)
     few = min(FEW_FRAMES, chunk_frames)
     return tuple(sorted({-(-size // split) * split for size in (few, chunk_frames)}))
 
@@ -177,7 +178,10 @@ def features_of(prompt: Prompt, features: Mapping[str, np.ndarray]) -> np.ndarra
     """Returns the rows of a prompt's media tokens in order [M, C]; None for a text-only prompt."""
     if not prompt.media:
         return None
-    parts = [features[m.key] for m in prompt.media]
+    parts = []
+    for m in prompt.media:
+        order = m.view.order(m.grid[0])
+        parts.append(features[m.key] if order is None else features[m.key][order])
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 

@@ -13,6 +13,7 @@ A lower-case letter is the part of that dimension that one device holds.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -67,7 +68,42 @@ class View:
     last frame; an image is one unit."""
     scales: tuple[tuple[int, int], ...] = ()
     """Heights and widths that an image is resized to, each cut into tiles of `size`, row by row;
-    all tiles are the unit. Empty: the image itself, resized to `size`, unit_frames times."""
+    all tiles are the unit, or each is one. Empty: the image itself, resized to `size`, unit_frames
+    times."""
+    pools: tuple[tuple[int, int, int], ...] = ()
+    """Inputs, rows and columns of tokens that become one by their mean. The tokens of a medium
+    follow pool by pool; the stored rows unit by unit (`order`). Empty: as the tower gives them."""
+    pool_tokens: tuple[int, ...] = ()
+    """Media tokens of a pooled frame, for each of several pools."""
+    cost: int = 1
+    """Pictures that the tower sees of one input."""
+
+    @property
+    def inputs(self) -> int:
+        """Inputs of the tower that an image is."""
+        height, width = self.size
+        tiles = sum((y // height) * (x // width) for y, x in self.scales)
+        return tiles or self.unit_frames
+
+    @property
+    def unit_tokens(self) -> tuple[tuple[int, int], ...]:
+        """(how often, how many) media tokens stand together in a unit, for each of its pools."""
+        if len(self.pools) < 2:
+            return ((1, self.grid[0] * self.grid[1]),)
+        times = (self.unit_frames // t for t, _, _ in self.pools)
+        return tuple(zip(times, self.pool_tokens, strict=True))
+
+    def order(self, num_units: int) -> "np.ndarray | None":
+        """Returns the stored row of every media token; None where they stand in that order."""
+        if len(self.pools) < 2:
+            return None
+        unit = self.grid[0] * self.grid[1]
+        rows, start = np.arange(num_units * unit).reshape(num_units, unit), 0
+        parts = []
+        for times, count in self.unit_tokens:
+            parts.append(rows[:, start : start + times * count].reshape(-1))
+            start += times * count
+        return np.concatenate(parts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,11 +119,19 @@ class MediaLayout:
     image_token: str = ""
     """The same of an image; empty: media_token."""
     separator: str
-    """Text (one token) after every unit, embedded from the model's own table; empty: none."""
+    """Text after every unit, embedded from the model's own table; empty: none."""
+    opening: str = ""
+    """The same before every unit."""
+    ending: str = ""
+    """The same after a video, of every pool size."""
+    image_texts: tuple[str, str] | None = None
+    """`opening` and `separator` of an image; None: the same."""
+    tile_text: str = ""
+    """Text of the prompt after every tile of an image whose tiles are units of their own."""
     around: tuple[str, str] = ("", "")
     """Texts before and after the tokens of a medium."""
     unit_frames: int = 1
-    """View.unit_frames of an image, and of a video where video_unit is None."""
+    """View.unit_frames, of a video only where it is not pooled."""
     pixels: tuple[int, int] | None = None
     """Fewest and most pixels of a frame, whose size then follows the video's; None: image_size."""
     image_pixels: tuple[int, int] | None = None
@@ -95,34 +139,45 @@ class MediaLayout:
     resize: "Callable[[int, int, int, int], tuple[int, int]] | None" = None
     """(height, width, *pixels) -> height and width that pictures are resized to; with `pixels`."""
     image_view: "Callable[[int, int], View] | None" = None
-    """(height, width) -> an image's View, where tiles of it are encoded together; None: an image is
-    laid out as a frame."""
-    video_unit: "Callable[[int], int] | None" = None
-    """Number of frames of a video -> View.unit_frames, where it depends on that."""
+    """(height, width) -> the View of a prompt's only image, where it is cut into tiles; None: an
+    image is laid out as a frame, as each of several is."""
+    video_pools: "Callable[[int], tuple[tuple[int, int, int], ...]] | None" = None
+    """Number of frames of a video -> View.pools; None: none."""
+    cost: int = 1
+    """View.cost of a frame."""
     positions: "Callable[[int, Sequence[Media]], tuple[np.ndarray, int]] | None" = None
     """(tokens of a prompt, its media) -> Prompt.rope_pos and next_rope_pos; None: 0, 1, 2, ..."""
     media_apart: bool = False
     """The engine takes tokens and media features apart, since its positions need the grids."""
 
-    def image(self, height: int, width: int) -> View:
-        """Returns what an image of this size becomes."""
-        if self.image_view is not None:
+    def image(self, height: int, width: int, num_images: int = 1) -> View:
+        """Returns what an image of this size becomes, num_images of them in the prompt."""
+        if self.image_view is not None and num_images == 1:
             return self.image_view(height, width)
-        return self._view(height, width, self.image_pixels, self.unit_frames)
+        return self._view(height, width, self.image_pixels)
 
     def video(self, height: int, width: int, num_frames: int) -> View:
         """Returns what a video becomes whose frames have this size, num_frames of them sampled."""
-        unit = self.unit_frames if self.video_unit is None else self.video_unit(num_frames)
-        return self._view(height, width, self.pixels, unit)
+        view = self._view(height, width, self.pixels)
+        pools = () if self.video_pools is None else self.video_pools(num_frames)
+        if not pools:
+            return view
+        unit, (rows, columns) = math.lcm(*(t for t, _, _ in pools)), view.grid
+        grids = [(rows // h, columns // w) for _, h, w in pools]
+        view = dataclasses.replace(view, unit_frames=unit, grid=grids[0], pools=pools)
+        if len(pools) == 1:
+            return view
+        tokens = tuple(h * w for h, w in grids)
+        sums = (unit // t * n for (t, _, _), n in zip(pools, tokens, strict=True))
+        return dataclasses.replace(view, grid=(1, sum(sums)), pool_tokens=tokens)
 
-    def _view(
-        self, height: int, width: int, pixels: tuple[int, int] | None, unit_frames: int
-    ) -> View:
+    def _view(self, height: int, width: int, pixels: tuple[int, int] | None) -> View:
         if pixels is None or self.resize is None:
-            return View(size=self.image_size, grid=self.grid, unit_frames=unit_frames)
-        size = self.resize(height, width, *pixels)
-        rows, columns = (a // b for a, b in zip(size, self.image_size, strict=True))
-        return View(size=size, grid=(rows, columns), unit_frames=unit_frames)
+            size, grid = self.image_size, self.grid
+        else:
+            size = self.resize(height, width, *pixels)
+            grid = size[0] // self.image_size[0], size[1] // self.image_size[1]
+        return View(size=size, grid=grid, unit_frames=self.unit_frames, cost=self.cost)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

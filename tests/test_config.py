@@ -1,5 +1,6 @@
 """Configs: what is refused, and how the message helps."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,27 @@ def test_help_names_every_key():
     for section, key in [("mesh", "seq"), ("rollout", "num_samples"), ("optimizer", "schedule")]:
         assert f"{section}.{key}: " in text
     assert "rewards: dict" in text and "Answers drawn for one prompt (R)." in text
+
+
+@pytest.mark.parametrize(
+    ("said", "overrides", "want"),
+    [
+        ({"num_video_frames": 256, "fps": 2.0}, [], (256, 2.0)),
+        ({"num_video_frames": 256, "fps": 2.0}, ["data.fps=1"], (256, 1.0)),
+        ({"num_video_frames": 256, "fps": 2.0}, ["data.num_frames=8"], (8, 0.0)),
+        ({}, [], (16, 0.0)),
+        (None, [], (16, 0.0)),  # no such file: said when the checkpoint is opened
+    ],
+)
+def test_frames_left_out_are_those_of_the_checkpoint(path, tmp_path, said, overrides, want):
+    if said is not None:
+        (tmp_path / "config.json").write_text(json.dumps(said))
+    cfg = config.load(path, [f"model.path={tmp_path}", *overrides])
+    assert (cfg.data.num_frames, cfg.data.fps) == want
+
+
+def test_odd_frames_of_a_checkpoint_are_named(path, tmp_path):
+    for said in ({"num_video_frames": "many"}, {"fps": "fast"}):
+        (tmp_path / "config.json").write_text(json.dumps(said))
+        with pytest.raises(ValueError, match=f"{next(iter(said))}='(many|fast)' must be a number"):
+            config.load(path, [f"model.path={tmp_path}"])

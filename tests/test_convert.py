@@ -330,7 +330,7 @@ def with_llm(**changes):
         (with_llm(hidden_act="gelu"), "hidden_act='gelu' is not supported"),
         (with_llm() | {"vision_tower_cfg": None}, "vision_tower_cfg must hold the config of"),
         (with_llm() | {"llm_cfg": None}, "llm_cfg must hold the language model's config"),
-        (with_llm() | {"s2": True}, "s2=True: several image scales are not supported"),
+        (with_llm() | {"s2": True}, "s2_scales=None must be sizes in pixels"),
     ],
     ids=["type", "small", "word", "scaling", "activation", "no tower", "no text", "s2"],
 )

@@ -13,7 +13,7 @@ from flax import nnx
 from longrl_jax import encode
 from longrl_jax.data import video
 from longrl_jax.metrics import Phases
-from longrl_jax.models import decoder, projector, siglip, vila
+from longrl_jax.models import decoder, projector, s2, siglip, vila
 from longrl_jax.models.rope import Rope
 from longrl_jax.sharding import make_mesh
 from longrl_jax.types import Example, Media, Prompt, View
@@ -257,6 +257,31 @@ def test_frames_are_split_over_all_devices(model, encoder):
     assert make_encoder(model, chunk_frames=3).chunk_sizes(VIEW) == (8,)
     assert make_encoder(model, mesh=mesh_of(4, 2), chunk_frames=10).chunk_sizes(VIEW) == (8, 12)
     assert make_encoder(model, mesh=mesh_of(3), chunk_frames=64).chunk_sizes(VIEW) == (9, 66)
+
+
+def test_chunks_hold_whole_pools_and_count_what_the_tower_sees(model):
+    """LongVILA-R1's longest pool; a frame at three scales, 14 pictures."""
+    pooled = dataclasses.replace(VIEW, unit_frames=32, pools=((32, 1, 1),))
+    one, eight = (make_encoder(model, mesh=mesh_of(n), chunk_frames=64) for n in (1, 8))
+    assert one.chunk_sizes(pooled) == (32, 64) and eight.chunk_sizes(pooled) == (256,)
+    assert one.chunk_sizes(dataclasses.replace(VIEW, cost=14)) == (4,)
+
+
+@pytest.mark.slow
+def test_tiles_of_images_are_joined_alike_on_one_device_and_on_eight():
+    scales = s2.Scales(sizes=(32, 64), tile=32, output=1, dynamic=True)
+    wide = dataclasses.replace(CFG.projector, width_in=32)
+    cfg = dataclasses.replace(CFG, scales=scales, projector=wide, image_aspect="dynamic_s2")
+    model = nnx.jit(lambda: vila.Model(cfg, rngs=nnx.Rngs(0)))()
+    view = vila.image_view(cfg, 300, 500)
+    rng = np.random.default_rng(0)
+    tiles = rng.integers(0, 256, (view.inputs, 32, 32, 3), dtype=np.uint8)
+    one, eight = (
+        encode.encode_chunk(make_encoder(model, mesh=mesh_of(n), chunk_frames=8), tiles, view)
+        for n in (1, 8)
+    )
+    assert one.shape == (np.prod(view.grid), vila.feature_width(cfg, "packed"))
+    assert_close(eight, one)
 
 
 def test_films_of_every_length_need_two_programs(model, wanted, film, store, pool, caplog):

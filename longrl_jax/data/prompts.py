@@ -99,6 +99,13 @@ def media_token_ids(tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(vocabulary[token] for token in MEDIA_TOKENS if token in vocabulary))
 
 
+def add_media_tokens(tokenizer: Any, layout: MediaLayout) -> None:
+    """Gives a vocabulary the placeholders that it lacks, behind its end: VILA-1.5's folders do not
+    hold them, and its code adds them, too. They are never looked up in a table."""
+    missing = {layout.media_token, layout.image_token} - {"", *tokenizer.get_vocab()}
+    tokenizer.add_tokens(sorted(missing), special_tokens=True)
+
+
 def stop_token_ids(tokenizer: Any) -> tuple[int, ...]:
     """Returns the tokens that end an answer: end of turn, end of text and padding, in order."""
     ids = {end_of_turn_id(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id}
@@ -148,11 +155,12 @@ def encode_prompt(
             f"record {example.id!r} asks about {example.about!r}, but the model takes text only"
         )
     texts = _between_media(example, asked, layout, tokenizer)
+    num_images = sum(file.kind == "image" for file in example.media)
     pieces, is_media, media = [texts[0]], [np.zeros(len(texts[0]), bool)], []
     for file, following in zip(example.media, texts[1:], strict=True):
         path = root.absolute() / file.path
         if file.kind == "image":
-            medium = _image(path, layout)
+            medium = _image(path, layout, num_images)
         else:
             medium = _video(path, layout, num_frames=num_frames, fps=fps, decoder=decoder)
         tokens, of_media = _media_tokens(medium, layout, tokenizer, timestamp)
@@ -221,21 +229,35 @@ def _placeholder(kind: str, layout: MediaLayout) -> str:
 def _media_tokens(
     medium: Media, layout: MediaLayout, tokenizer: Any, timestamp: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns for every unit: its time where timestamp is set, h * w media tokens, separator; and
-    which of them are media tokens."""
-    num_units, height, width = medium.grid
+    """Returns for every unit: its time where timestamp is set, opening, media tokens, separator;
+    and which of them are media tokens."""
+    view, (num_units, _, _) = medium.view, medium.grid
     media_token = _one_token(_placeholder(medium.kind, layout), tokenizer)
-    unit = np.full(height * width, media_token, np.int32)
-    if layout.separator:
-        unit = np.append(unit, np.int32(_one_token(layout.separator, tokenizer)))
-    if not timestamp or medium.kind == "image":
-        tokens = np.tile(unit, num_units)
-    else:
+    opening, closing = _unit_texts(medium, layout, tokenizer)
+    ending = [] if medium.kind == "image" else _tokens(layout.ending, tokenizer)
+    if timestamp:
         _refuse_special(timestamp, tokenizer, f"data.timestamp={timestamp!r}")
-        shown_s = medium.times_s[:: medium.view.unit_frames]
-        times = [_tokens(timestamp.format(t=t), tokenizer) for t in shown_s]
-        tokens = np.concatenate([np.concatenate([time, unit]) for time in times])
+    pieces: list[int] = []
+    for times, count in view.unit_tokens:
+        frame = [*opening, *[media_token] * count, *closing]
+        if not timestamp or medium.kind == "image":
+            pieces += frame * (times * num_units)
+        else:
+            for t in medium.times_s[:: view.unit_frames // times]:
+                pieces += [*_tokens(timestamp.format(t=t), tokenizer), *frame]
+        pieces += ending
+    tokens = np.array(pieces, np.int32)
     return tokens, tokens == media_token
+
+
+def _unit_texts(medium: Media, layout: MediaLayout, tokenizer: Any) -> tuple[list[int], list[int]]:
+    texts = (layout.opening, layout.separator)
+    if medium.kind == "image" and layout.image_texts is not None:
+        texts = layout.image_texts
+    opening, closing = (_tokens(text, tokenizer) for text in texts)
+    if medium.view.scales and medium.view.unit_frames == 1:
+        closing += _tokens(layout.tile_text, tokenizer)
+    return opening, closing
 
 
 def _video(path: Path, layout: MediaLayout, *, num_frames: int, fps: float, decoder: str) -> Media:
@@ -255,14 +277,14 @@ def _video(path: Path, layout: MediaLayout, *, num_frames: int, fps: float, deco
     )
 
 
-def _image(path: Path, layout: MediaLayout) -> Media:
+def _image(path: Path, layout: MediaLayout, num_images: int) -> Media:
     height, width = video.probe_image(path)
-    view = layout.image(height, width)
+    view = layout.image(height, width, num_images)
     return _medium(
         "image",
         path,
         view,
-        times_s=(0.0,) * view.unit_frames,
+        times_s=(0.0,) * view.inputs,
         decoder=video.decoder_version("image"),
         unit_s=1.0,
         stored=(height, width) if view.scales or layout.pixels else None,

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -28,6 +29,7 @@ class Config:
     """Sizes of a tower, from its config.json."""
 
     image_size: int
+    """Side of the pictures that the tower sees, in pixels."""
     patch_size: int
     num_channels: int
     width: int
@@ -35,6 +37,8 @@ class Config:
     num_heads: int
     mlp_width: int
     norm_eps: float
+    table_size: int = 0
+    """Rows of the position table, which is re-sampled; 0: one a patch."""
 
     @property
     def grid(self) -> int:
@@ -42,27 +46,33 @@ class Config:
         return self.image_size // self.patch_size
 
 
-def parse_config(tree: Mapping[str, Any], *, where: str) -> Config:
-    """Turns the object of a SigLIP vision config.json into our record; `where` is for errors."""
+def parse_config(tree: Mapping[str, Any], *, where: str, resolution: int | None = None) -> Config:
+    """Turns the object of a SigLIP vision config.json into our record; `where` is for errors.
+
+    resolution: side of the pictures, in pixels, where it is not the file's image_size.
+    """
     model_type = tree.get("model_type")
     if model_type not in ("siglip_vision_model", "siglip"):
         raise ValueError(f"{where}: model_type is {model_type!r}, this is 'siglip_vision_model'")
     tree = hf_files.part(tree, "vision_config", where) or tree
     if (act := tree.get("hidden_act", "gelu_pytorch_tanh")) != "gelu_pytorch_tanh":
         raise ValueError(f"{where}: hidden_act={act!r} is not supported, only gelu_pytorch_tanh is")
+    image_size = hf_files.positive_int(tree, "image_size", where)
+    patch_size = hf_files.positive_int(tree, "patch_size", where)
     cfg = Config(
-        image_size=hf_files.positive_int(tree, "image_size", where),
-        patch_size=hf_files.positive_int(tree, "patch_size", where),
+        image_size=resolution or image_size,
+        patch_size=patch_size,
         num_channels=tree.get("num_channels", 3),
         width=hf_files.positive_int(tree, "hidden_size", where),
         num_layers=hf_files.positive_int(tree, "num_hidden_layers", where),
         num_heads=hf_files.positive_int(tree, "num_attention_heads", where),
         mlp_width=hf_files.positive_int(tree, "intermediate_size", where),
         norm_eps=hf_files.positive_float(tree, "layer_norm_eps", 1e-6, where),
+        table_size=(image_size // patch_size) ** 2 if resolution else 0,
     )
-    if cfg.patch_size > cfg.image_size:
+    if cfg.patch_size > (side := min(image_size, cfg.image_size)):
         raise ValueError(
-            f"{where}: patch_size={cfg.patch_size} is over image_size={cfg.image_size}: no patch"
+            f"{where}: patch_size={cfg.patch_size} is over image_size={side}: no patch"
         )
     if cfg.num_channels != 3:
         raise ValueError(f"{where}: num_channels={cfg.num_channels}, video frames have 3")
@@ -84,7 +94,7 @@ class Tower(nnx.Module):
         self.patch_kernel = nnx.Param(std * rngs.params.normal((p, p, C, cfg.width)))
         self.patch_bias = nnx.Param(jnp.zeros(cfg.width))
         self.positions = nnx.Param(
-            rngs.params.normal((cfg.grid**2, cfg.width)) / math.sqrt(cfg.width)
+            rngs.params.normal((cfg.table_size or cfg.grid**2, cfg.width)) / math.sqrt(cfg.width)
         )
         self.layers = layers.stack(cfg.num_layers, lambda r: Layer(cfg, rngs=r), rngs)
         self.norm = layers.LayerNorm(cfg.width, eps=cfg.norm_eps)
@@ -117,7 +127,23 @@ class Tower(nnx.Module):
         kernel = self.patch_kernel.get_value().astype(pixels.dtype)
         x_FnnC = jnp.einsum("Fyaxbc,abcC->FyxC", patches, kernel)
         x_FnC = x_FnnC.reshape(F, n * n, -1) + self.patch_bias.get_value().astype(pixels.dtype)
-        return x_FnC + self.positions.get_value().astype(pixels.dtype)
+        positions = resample(self.positions.get_value(), self.cfg.grid**2)
+        return x_FnC + positions.astype(pixels.dtype)
+
+
+def resample(table: Float[Array, "M C"], num_positions: int) -> Float[Array, "n C"]:
+    """Spreads a position table over another number of patches, linearly along the flat index.
+
+    Source: NVlabs/VILA multimodal_encoder/vision_encoder.py, interpolate_mode "linear". There a
+    place that falls on a row of the table (the first, the last) becomes 0; here it is that row.
+    """
+    M = table.shape[0]
+    if num_positions == M:
+        return table
+    place = np.arange(num_positions, dtype=np.float64) / max(num_positions - 1, 1) * (M - 1)
+    low = np.minimum(np.floor(place).astype(np.int32), M - 1)
+    share_n1 = jnp.asarray(place - low, table.dtype)[:, None]
+    return table[low] * (1 - share_n1) + table[np.minimum(low + 1, M - 1)] * share_n1
 
 
 class Layer(nnx.Module):

@@ -1,14 +1,13 @@
-"""The VILA family: SigLIP tower, projector and decoder, with video tokens inside the prompt.
+"""The VILA family: SigLIP tower, projector and decoder, with media tokens inside the prompt.
 
-Source: NVlabs/VILA llava/model (llava_arch.py, encoders/image/basic.py, encoders/video/basic.py).
-Every image and every frame is n media tokens and one "\\n" token; the latter is an ordinary token
-of the prompt, looked up in the current table, so that it moves when the table is trained.
+Source: NVlabs/VILA llava/model (llava_arch.py, encoders/). Every frame of a video is n media tokens
+and one "\\n" token; the latter is an ordinary token of the prompt, looked up in the current table,
+so that it moves when the table is trained. TSP: several frames share the mean of their tokens.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +15,16 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from longrl_jax.models import decoder, hf_files, projector, siglip
+from longrl_jax.models import decoder, projector, s2, siglip, vila_config
+from longrl_jax.models.layers import wide
+from longrl_jax.models.vila_config import ONE, Config, Pool
 from longrl_jax.models.weights import Param
 from longrl_jax.sharding import attend, constrain
 from longrl_jax.types import MediaLayout, View
 
-FOLDERS = ("llm", "vision_tower", "mm_projector")
-"""Sub-folders of a checkpoint that hold tensors."""
-PARTS = {"llm": "llm_cfg", "vision_tower": "vision_tower_cfg", "mm_projector": "mm_projector_cfg"}
-"""Sub-folder -> its config inside a config.json that stands alone (convert init, plan)."""
+FOLDERS, PARTS = vila_config.FOLDERS, vila_config.PARTS
+read_config, parse_config = vila_config.read_config, vila_config.parse_config
+pools_of = vila_config.pools_of
 LLM_FOLDER = "llm"
 """Sub-folder that the engine opens."""
 IGNORED = (
@@ -37,70 +37,10 @@ IGNORED = (
 )
 """Patterns of tensor names that we neither use nor change."""
 MEDIA_TOKEN, IMAGE_TOKEN = "<vila/video>", "<image>"
-SEPARATOR = "\n"
-ENCODER_VERSION = 1
+ENCODER_VERSION = 2
 """Raise it when the same weights and frames would give other features."""
 STAGES = ("packed", "projected")
 """What can be stored of a frame: packed patch states, or what the projector makes of them."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """The three parts, and which layer of the tower is read."""
-
-    text: decoder.Config
-    vision: siglip.Config
-    projector: projector.Config
-    num_vision_layers: int
-    """Layers of the tower that are run (mm_vision_select_layer -2: all but the last)."""
-    vision_prefix: str = dataclasses.field(compare=False)  # names make no other model
-    """What the tower's tensor names start with: "vision_model." or nothing."""
-
-    @property
-    def side(self) -> int:
-        """Media tokens along one side of a frame."""
-        return projector.packed_side(self.vision.grid, projector.pack_size(self.projector.kind))
-
-
-def read_config(folder: Path) -> Config:
-    """Reads config.json and those of the sub-folders; what we cannot do is refused by name."""
-    top = hf_files.read_json(folder / "config.json")
-    _refuse_unsupported(top, where=str(folder))
-    parts = {sub: hf_files.read_json(folder / sub / "config.json") for sub in FOLDERS}
-    return _config(top, parts, where=str(folder), vision_prefix=_vision_prefix(folder))
-
-
-def parse_config(tree: Mapping[str, Any], *, where: str) -> Config:
-    """Turns one config.json that holds the parts' configs (PARTS) into our record, no folder."""
-    _refuse_unsupported(tree, where=where)
-    parts = {sub: hf_files.part(tree, key, where) for sub, key in PARTS.items()}
-    return _config(tree, parts, where=where, vision_prefix=siglip.PUBLISHED_PREFIX)
-
-
-def _config(
-    top: Mapping[str, Any],
-    parts: Mapping[str, Mapping[str, Any]],
-    *,
-    where: str,
-    vision_prefix: str,
-) -> Config:
-    """parts: the config of every sub-folder."""
-    text = decoder.parse_config(parts["llm"], where=f"{where}/llm")
-    vision = siglip.parse_config(parts["vision_tower"], where=f"{where}/vision_tower")
-    kind = parts["mm_projector"].get("mm_projector_type")
-    if not isinstance(kind, str):
-        raise ValueError(
-            f"{where}/mm_projector/config.json: mm_projector_type={kind!r} must be a name"
-        )
-    cfg = Config(
-        text=text,
-        vision=vision,
-        projector=projector.Config(kind=kind, width_in=vision.width, width_out=text.width),
-        num_vision_layers=_num_vision_layers(top, vision, where=where),
-        vision_prefix=vision_prefix,
-    )
-    projector.steps(cfg.projector)  # refuses what it does not know
-    return cfg
 
 
 class Model(nnx.Module):
@@ -119,23 +59,68 @@ class Model(nnx.Module):
         view: View | None = None,
         stage: str,
         compute_dtype: DTypeLike = jnp.float32,
-    ) -> Float[Array, "F n C"]:
-        """Turns pictures, resized to the tower's image size, into rows of one media token each.
+    ) -> Float[Array, "U n C"]:
+        """Turns pictures of media_layout's size into rows of one media token each.
 
         view: what they are of; None: frames. stage "packed": states of the chosen tower layer,
-        neighbours side by side; "projected": those through the projector.
+        neighbours side by side; "projected": those through the projector, pooled.
         """
         _check_stage(stage)
-        assert view is None or (view.unit_frames == 1 and not view.scales), (
-            f"{view} is not of this layout"
-        )
         pixels = (frames.astype(jnp.float32) / 255 - 0.5) / 0.5  # SigLIP's preprocessing
-        x_FnC = self.vision(pixels.astype(compute_dtype), num_layers=self.cfg.num_vision_layers)
-        size = projector.pack_size(self.cfg.projector.kind)
-        x_FnC = projector.pack(x_FnC, grid=self.cfg.vision.grid, size=size)
+        pixels = pixels.astype(compute_dtype)
+        if view is not None and view.scales and view.unit_frames > 1:
+            x_UnC = self._joined(self._tower(pixels), view)
+        else:
+            x_UnC = self._square_states(pixels)
+            size = projector.pack_size(self.cfg.projector.kind)
+            if size > 1:
+                grid = round(x_UnC.shape[1] ** 0.5)
+                x_UnC = projector.pack(x_UnC, grid=grid, size=size)
         if stage == "projected":
-            x_FnC = self.projector(x_FnC)
-        return constrain(x_FnC, "frames", None, None)
+            x_UnC = self.projector(x_UnC)
+        if view is not None and view.pools:
+            assert stage == "projected", "tokens are pooled behind the projector"
+            pooled = [_pooled(x_UnC, self.cfg.grid, pool) for pool in view.pools]
+            units, D = len(x_UnC) // view.unit_frames, x_UnC.shape[-1]
+            x_UnC = jnp.concatenate([x.reshape(units, -1, D) for x in pooled], axis=1)
+        return constrain(x_UnC, "frames", None, None)
+
+    def _joined(self, states: Float[Array, "N n C"], view: View) -> Float[Array, "U n W"]:
+        """Puts the states of images' tiles at all scales together, packed (dynamic S2).
+
+        A row a media token, in reading order over the whole image.
+        """
+        assert self.cfg.scales is not None
+        x_NggC = s2.square(states)
+        x_UTggC = x_NggC.reshape(-1, view.unit_frames, *x_NggC.shape[1:])
+        height, width = view.size
+        blocks = [(y // height, x // width) for y, x in view.scales]
+        whole, used = [], 0
+        for rows, columns in blocks:
+            tiles = x_UTggC[:, used : used + rows * columns]
+            whole.append(s2.merge(tiles.reshape(-1, *tiles.shape[2:]), (rows, columns)))
+            used += rows * columns
+        output = blocks[self.cfg.scales.output]
+        x_BggW = s2.split(s2.stack(whole, self.cfg.scales.output), output)
+        B, side = x_BggW.shape[:2]
+        size = projector.pack_size(self.cfg.projector.kind)
+        x_BnW = projector.pack(x_BggW.reshape(B, side * side, -1), grid=side, size=size)
+        x_UYXW = s2.merge(s2.square(x_BnW), output)
+        return x_UYXW.reshape(len(x_UYXW), -1, x_UYXW.shape[-1])
+
+    def _square_states(self, pixels: Float[Array, "F Y X 3"]) -> Float[Array, "F n C"]:
+        """States of square pictures, those of all scales in one."""
+        scales = self.cfg.scales
+        if scales is None:
+            return self._tower(pixels)
+        if scales.dynamic:  # as published: a film's frame has one scale, which stands for all
+            return jnp.tile(self._tower(pixels), (1, 1, len(scales.sizes)))
+        x_FYXC = s2.multiscale(pixels, scales, self._tower)
+        return x_FYXC.reshape(len(pixels), -1, x_FYXC.shape[-1])
+
+    def _tower(self, pixels: Float[Array, "N Y X 3"]) -> Float[Array, "N n C"]:
+        x_NnC = self.vision(pixels, num_layers=self.cfg.num_vision_layers)
+        return x_NnC[:, 1:] if self.cfg.drop_first else x_NnC
 
     def embed(
         self,
@@ -207,13 +192,47 @@ def text_config(cfg: Config) -> decoder.Config:
 
 def media_layout(cfg: Config) -> MediaLayout:
     """Says what an image and a video become, so that prompts are laid out without the model."""
+    side, cost = cfg.vision.image_size, 1
+    if cfg.scales is not None and not cfg.scales.dynamic:
+        side = cfg.scales.sizes[-1]
+        cost = sum(rows * columns for rows, columns in cfg.scales.blocks)
     return MediaLayout(
-        image_size=(cfg.vision.image_size, cfg.vision.image_size),
-        grid=(cfg.side, cfg.side),
+        image_size=(side, side),
+        grid=cfg.grid,
         media_token=MEDIA_TOKEN,
         image_token=IMAGE_TOKEN,
-        separator=SEPARATOR,
+        separator=cfg.frame.end,
+        opening=cfg.frame.start,
+        ending=cfg.film_end,
+        image_texts=(cfg.image.start, cfg.image.end),
+        tile_text="\n",
+        image_view=None if cfg.image_aspect == "resize" else functools.partial(image_view, cfg),
+        video_pools=functools.partial(pools_of, pools=cfg.pools) if cfg.pools != (ONE,) else None,
+        cost=cost,
     )
+
+
+def image_view(cfg: Config, height: int, width: int) -> View:
+    """Returns the tiles of a prompt's only image, whose grid follows its aspect.
+
+    "dynamic_s2": tiles at all scales, joined; "dynamic": tiles, and the whole behind them where
+    they are several. Source: NVlabs/VILA mm_utils.dynamic_s2_preprocess, dynamic_preprocess.
+    """
+    layout = media_layout(dataclasses.replace(cfg, image_aspect="resize"))
+    tile = layout.image_size[0]
+    rows, columns = s2.closest_grid(
+        height, width, fewest=cfg.fewest_tiles, most=cfg.tiles[1], tile=tile
+    )
+    whole = rows * tile, columns * tile
+    if cfg.image_aspect == "dynamic":
+        tiles = (whole,) if rows * columns == 1 else (whole, (tile, tile))
+        return View(size=layout.image_size, grid=cfg.grid, scales=tiles, cost=layout.cost)
+    assert cfg.scales is not None
+    scales = (*((size, size) for size in cfg.scales.sizes[:-1]), whole)
+    out_rows, out_columns = (n // tile for n in scales[cfg.scales.output])
+    grid = out_rows * cfg.grid[0], out_columns * cfg.grid[1]
+    view = View(size=layout.image_size, grid=grid, scales=scales)
+    return dataclasses.replace(view, unit_frames=view.inputs)
 
 
 def feature_width(cfg: Config, stage: str) -> int:
@@ -221,13 +240,14 @@ def feature_width(cfg: Config, stage: str) -> int:
     _check_stage(stage)
     if stage == "projected":
         return cfg.text.width
-    return cfg.vision.width * projector.pack_size(cfg.projector.kind) ** 2
+    return cfg.projector.width_in * projector.pack_size(cfg.projector.kind) ** 2
 
 
 def stage_identity(cfg: Config, stage: str) -> str:
     """Names all but weights that the numbers of `encode` depend on, for keys of stored features."""
     _check_stage(stage)
-    return repr((ENCODER_VERSION, cfg.vision, cfg.num_vision_layers, cfg.projector))
+    layers = cfg.num_vision_layers, cfg.drop_first
+    return repr((ENCODER_VERSION, cfg.vision, layers, cfg.scales, cfg.projector))
 
 
 def _check_stage(stage: str) -> None:
@@ -235,48 +255,9 @@ def _check_stage(stage: str) -> None:
         raise ValueError(f"stage={stage!r} is unknown; choose one of {', '.join(STAGES)}")
 
 
-def _refuse_unsupported(top: Mapping[str, Any], *, where: str) -> None:
-    for name in ("s2", "dynamic_s2"):
-        if top.get(name):
-            raise ValueError(
-                f"{where}: {name}={top[name]!r}: several image scales are not supported yet; "
-                "choose a checkpoint with one scale"
-            )
-    encoder = hf_files.part(top, "video_encoder", where)
-    target = str(encoder.get("_target_", "BasicVideoEncoder")).rpartition(".")[2]
-    if target != "BasicVideoEncoder":
-        raise ValueError(
-            f"{where}: video_encoder._target_={encoder['_target_']!r} is not supported yet (time "
-            "pooling is TSPVideoEncoder's); only BasicVideoEncoder is"
-        )
-    feature = top.get("mm_vision_select_feature", "cls_patch")
-    wanted = {
-        "video_encoder.start_tokens": (encoder.get("start_tokens"), None),
-        "video_encoder.end_tokens": (encoder.get("end_tokens", SEPARATOR), SEPARATOR),
-        "mm_vision_select_feature": (feature, "cls_patch"),
-    }
-    for name, (value, only) in wanted.items():
-        if value != only:
-            raise ValueError(f"{where}: {name}={value!r} is not supported, only {only!r} is")
-
-
-def _num_vision_layers(top: Mapping[str, Any], vision: siglip.Config, *, where: str) -> int:
-    """Hidden state i follows i layers, so -2 means all layers but the last."""
-    select = top.get("mm_vision_select_layer", -2)
-    if not isinstance(select, int) or isinstance(select, bool):
-        raise ValueError(f"{where}: mm_vision_select_layer={select!r} must be a whole number")
-    num = select if select >= 0 else vision.num_layers + 1 + select
-    if not 1 <= num <= vision.num_layers:
-        raise ValueError(
-            f"{where}: mm_vision_select_layer={select} is not among the {vision.num_layers} layers"
-        )
-    return num
-
-
-def _vision_prefix(folder: Path) -> str:
-    """Looks how the tower's tensors are named; a folder without tensors gets published names."""
-    if not list((folder / "vision_tower").glob("*.safetensors")):
-        return siglip.PUBLISHED_PREFIX
-    names = hf_files.open_tensors(folder / "vision_tower")
-    prefixed = any(name.startswith(siglip.PUBLISHED_PREFIX) for name in names)
-    return siglip.PUBLISHED_PREFIX if prefixed else ""
+def _pooled(x: Float[Array, "F n D"], grid: s2.Grid, pool: Pool) -> Float[Array, "U m D"]:
+    """Means over t frames of h x w tokens. Source: NVlabs/VILA encoders/video/tsp.py."""
+    (rows, columns), (t, h, w) = grid, pool
+    x_UtYhXwD = wide(x).reshape(-1, t, rows // h, h, columns // w, w, x.shape[-1])
+    y_UYXD = x_UtYhXwD.mean(axis=(1, 3, 5))
+    return y_UYXD.reshape(len(y_UYXD), -1, x.shape[-1]).astype(x.dtype)

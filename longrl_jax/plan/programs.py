@@ -74,16 +74,19 @@ def row_of(cfg: Config, backbone: Any, model_cfg: Any) -> Row:
     A frame's time is counted as its UTF-8 bytes: a byte-level tokenizer makes no more tokens.
     """
     layout = opened.media_layout(backbone, model_cfg, cfg.data)
-    frame_tokens, unit_frames, rope_axes = 0, 1, 1
+    opened.check_pools(layout, models.feature_stage(cfg.model.frozen))
+    num_frames, frame_tokens, unit_frames, rope_axes = 0, 0, 1, 1
     if layout is not None:
-        last_s = (cfg.data.num_frames - 1) / (cfg.data.fps or 1)
+        num_frames = _longest_film(layout, cfg.data)
+        last_s = (num_frames - 1) / (cfg.data.fps or 1)
         stamp = cfg.data.timestamp.format(t=last_s) if cfg.data.timestamp else ""
-        view = layout.video(*FILM, cfg.data.num_frames)
-        frame_tokens = math.prod(view.grid) + bool(layout.separator) + len(stamp.encode())
+        view = layout.video(*FILM, num_frames)
+        texts = len(layout.opening.encode()) + len(layout.separator.encode()) + len(stamp.encode())
+        frame_tokens = sum(times * (count + texts) for times, count in view.unit_tokens)
         unit_frames = view.unit_frames
         rope_axes = 1 if layout.positions is None else layout.positions(1, ())[0].shape[1]
     row = Row(
-        num_frames=0 if layout is None else cfg.data.num_frames,
+        num_frames=num_frames,
         frame_tokens=frame_tokens,
         question_tokens=QUESTION_TOKENS,
         answers=cfg.rollout.num_samples if cfg.stage == "grpo" else 1,
@@ -106,6 +109,18 @@ def row_of(cfg: Config, backbone: Any, model_cfg: Any) -> Row:
             f"over rollout.max_model_len={cfg.rollout.max_model_len}; raise that"
         )
     return row
+
+
+def _longest_film(layout: Any, data: Any) -> int:
+    """Returns the frames of the film with the most tokens: where the pool follows the length, a
+    shorter one may have more."""
+    if layout.video_pools is None or not data.fps:
+        return data.num_frames
+
+    def units(num_frames: int) -> int:
+        return -(-num_frames // layout.video(*FILM, num_frames).unit_frames)
+
+    return max(range(1, data.num_frames + 1), key=lambda n: (units(n), n))
 
 
 def abstract_policy(cfg: Config, mesh: Mesh) -> tuple[Policy, step.TrainState]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -64,6 +65,12 @@ def open_policy(cfg: Config, *, trains: bool = True) -> tuple[Policy, step.Train
     model_cfg, model = models.load(folder, mesh=mesh)
     text = backbone.text_config(model_cfg)
     tokenizer, stop_tokens = open_tokenizer(models.llm_folder(folder), text.vocab_size)
+    stage = models.feature_stage(cfg.model.frozen)
+    layout = media_layout(backbone, model_cfg, cfg.data)
+    check_pools(layout, stage)
+    if layout is not None:
+        prompts.add_media_tokens(tokenizer, layout)
+    media = prompts.media_token_ids(tokenizer)
     optimizer = make_optimizer(cfg.optimizer, cfg.run.num_steps) if trains else optax.identity()
     graphdef, state = step.init_state(model, cfg.model.frozen, optimizer, mesh)
     policy = Policy(
@@ -73,9 +80,9 @@ def open_policy(cfg: Config, *, trains: bool = True) -> tuple[Policy, step.Train
         graphdef=graphdef,
         mesh=mesh,
         tokenizer=tokenizer,
-        layout=media_layout(backbone, model_cfg, cfg.data),
-        stage=models.feature_stage(cfg.model.frozen),
-        banned_tokens=prompts.media_token_ids(tokenizer),
+        layout=layout,
+        stage=stage,
+        banned_tokens=tuple(token for token in media if token < text.vocab_size),
         stop_tokens=stop_tokens,
         compute_dtype=DTYPES[cfg.model.compute_dtype],
     )
@@ -85,6 +92,13 @@ def open_policy(cfg: Config, *, trains: bool = True) -> tuple[Policy, step.Train
 def media_layout(backbone: Any, model_cfg: Any, data: DataConfig) -> MediaLayout | None:
     """Returns the backbone's layout with the config's bounds; refuses settings it cannot follow."""
     layout = backbone.media_layout(model_cfg)
+    if data.frame_pool:
+        if layout is None or layout.unit_frames > 1 or layout.pixels:
+            raise ValueError(
+                f"data.frame_pool={data.frame_pool} is for VILA checkpoints; leave it 0"
+            )
+        pools = functools.partial(_fixed_pools, ((data.frame_pool, 1, 1),))
+        layout = dataclasses.replace(layout, video_pools=pools if data.frame_pool > 1 else None)
     for prefix in ("", "image_"):
         field = f"{prefix}pixels"
         fewest, most = getattr(data, f"{prefix}min_pixels"), getattr(data, f"{prefix}max_pixels")
@@ -109,6 +123,19 @@ def media_layout(backbone: Any, model_cfg: Any, data: DataConfig) -> MediaLayout
             "leave it empty"
         )
     return layout
+
+
+def check_pools(layout: MediaLayout | None, stage: str) -> None:
+    """Refuses films that are pooled behind a projector which is trained."""
+    if layout is not None and layout.video_pools is not None and stage != "projected":
+        raise ValueError(
+            "the tokens of a film's frames are averaged behind the projector (TSP), so it cannot "
+            "be trained: put projector into model.frozen, or set data.frame_pool=1 (no averaging)"
+        )
+
+
+def _fixed_pools(pools: tuple[Any, ...], num_frames: int) -> tuple[Any, ...]:
+    return pools
 
 
 def check_heads(text: Any, cfg: Config) -> None:

@@ -254,15 +254,7 @@ def test_an_unknown_stage_lists_the_known(pair, frames):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"s2": True}, "s2=True: several image scales"),
-        ({"dynamic_s2": True}, "dynamic_s2=True: several image scales"),
-        (
-            {"video_encoder": {"_target_": "llava.model.encoders.TSPVideoEncoder"}},
-            "TSPVideoEncoder' is not supported yet",
-        ),
-        ({"video_encoder": {"start_tokens": "<vid>"}}, "start_tokens='<vid>'"),
-        ({"video_encoder": {"end_tokens": None}}, "end_tokens=None"),
-        ({"mm_vision_select_feature": "patch"}, "mm_vision_select_feature='patch'"),
+        ({"s2": True}, "s2_scales=None must be sizes"),
         ({"mm_vision_select_layer": -9}, "mm_vision_select_layer=-9"),
         ({"mm_vision_select_layer": None}, "mm_vision_select_layer=None"),
     ],
