@@ -224,3 +224,20 @@ def test_a_tiny_config_compiles_for_gpus_that_are_not_here(path):
         "the most frames: 8,192 (compiled itself, and the most that data.num_frames takes)"
         in done.stdout
     )
+
+
+def test_the_longest_film_is_not_the_one_with_most_frames_where_pools_follow_its_length(
+    path, tmp_path
+):
+    """LongVILA-R1: 256 frames are 64 pooled ones, 300 frames 38; a token and a line each."""
+    tree = json.loads((ROOT / "configs/models/tiny_vila.json").read_text())
+    tree["video_encoder"] = {"_target_": "llava.model.encoders.TSPVideoEncoder"}
+    (tmp_path / "pooled.json").write_text(json.dumps(tree))
+    overrides = [f"model.path={tmp_path / 'pooled.json'}", "data.num_frames=300"]
+    cfg = config.load(path, [*overrides, "data.timestamp="])
+    backbone, model_cfg = models.read_shape(cfg.model.path)
+    row = programs.row_of(cfg, backbone, model_cfg)
+    assert (row.num_frames, row.unit_frames) == (256, 4)
+    assert row.prompt_tokens == 64 * 2 + programs.QUESTION_TOKENS
+    even = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, fps=0.0))
+    assert programs.row_of(even, backbone, model_cfg).num_frames == 300
