@@ -32,7 +32,8 @@ def sft_passes(cfg, policy, state, tmp_path):
     ):
         kept, features = embed(questions.validation(cfg, policy, refused), 0)
     groups = [sft.reference_group(prompt, policy, "think") for prompt in kept]
-    return update.make_passes(cfg, policy, groups, features, [np.ones(1, np.float32)] * len(groups))
+    pushes = [np.ones(1, np.float32)] * len(groups)
+    return update.make_passes(cfg, policy, groups, features, pushes)[0]
 
 
 def live_bytes():
