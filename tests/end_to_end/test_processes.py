@@ -176,6 +176,12 @@ def test_a_process_without_a_group_has_its_part_of_rewards_and_sums(configured):
     cfg = configured("tiny_cpu_grpo.yaml")
     _, valid_GR = grpo.totals(cfg, entry)
     assert set(grpo.sampled_sums(cfg, entry).values()) == {(0, 0)}
+    single = configured(
+        "tiny_cpu_grpo.yaml", "rollout.num_samples=1", "algorithm.advantage=reinforce_plus_plus"
+    )
+    assert set(grpo.sampled_sums(cfg, entry)) - set(grpo.sampled_sums(single, entry)) == {
+        "reward/mixed"
+    }
     others = np.array([[True, True, False, True]]).astype(valid_GR.dtype)  # as of_all_groups does
     advantage_GR = ADVANTAGES["grpo"](np.array([[1.0, 0, 9, 0]]), others)
     assert advantage_GR[0, 0] > 0 and advantage_GR[0, 2] == 0
