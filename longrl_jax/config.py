@@ -584,7 +584,7 @@ class Config:
             )
         if not self.rewards:
             raise ValueError("rewards is empty; name at least one, e.g. rewards: {video_qa: 1.0}")
-        if self.stage == "grpo" and "overlong" in self.rewards and not self.rollout.overlong_tokens:
+        if "overlong" in self.rewards and not self.rollout.overlong_tokens:
             raise ValueError(
                 "rewards.overlong needs rollout.overlong_tokens, the length over which it falls"
             )

@@ -115,6 +115,12 @@ def test_reinforce_plus_plus_needs_no_group(path):
     assert config.load(path, one).rollout.num_samples == 1
 
 
+@pytest.mark.parametrize("stage", ["sft", "perception"])
+def test_overlong_needs_its_length_in_every_stage_that_answers_questions(path, stage):
+    with pytest.raises(ValueError, match="rewards.overlong needs rollout.overlong_tokens"):
+        config.load(path, [f"stage={stage}", "rewards={overlong: 1.0}"])
+
+
 def test_perception_has_no_use_for_adapters(path):
     with pytest.raises(ValueError, match="model.lora_rank=4: stage=perception"):
         config.load(path, ["stage=perception", "model.lora_rank=4"])

@@ -144,7 +144,7 @@ def digests(folder: Path) -> dict[str, str]:
         name = Path(match[2]) if match else None
         if match is None or name is None or name.is_absolute() or ".." in name.parts:
             raise ValueError(f"{sums} line {number}: {line!r} is no digest of a file beside it")
-        found[match[2]] = match[1]
+        found[name.as_posix()] = match[1]  # ./a is a
     return found
 
 

@@ -270,10 +270,10 @@ def _read(
         index = tuple(index[d] for d in np.argsort(row.transpose))
     for part, name in zip(parts, names, strict=True):
         x = hf[name][index]
+        part[...] = x if row.transpose is None else x.transpose(row.transpose)
+        check_finite(name, part)  # first: a NaN differs from itself
         if row.copy in hf and not np.array_equal(hf[row.copy][index], x):
             raise copy_differs(row.copy, row.hf)
-        part[...] = x if row.transpose is None else x.transpose(row.transpose)
-        check_finite(name, part)
     return out
 
 

@@ -46,7 +46,8 @@ CURVES = {
     ),
     "reward/mixed": Curve(
         title="Mixed groups",
-        meaning="Questions whose answers differ in reward; the others teach nothing.",
+        meaning="Questions whose answers differ in reward; where answers to one question are "
+        "compared, the others teach nothing.",
         percent=True,
     ),
     "loss": Curve(title="Loss", may_be_log=True),

@@ -187,7 +187,8 @@ def sampled_sums(cfg: Config, entry: journal.Entry) -> dict[str, tuple[float, fl
     """Returns (sum, count) of every reward part, and of what says whether there is anything to
     learn from, so that those of many processes add up; and the engines' own.
 
-    `reward/mixed` is the share of groups whose valid rewards differ: the others have no gradient.
+    `reward/mixed` is the share of groups whose valid rewards differ; an advantage that compares
+    within groups learns nothing from the others. One answer a group has none to differ from.
     """
     reward_GR, valid_GR = totals(cfg, entry)
     known = [p for p in entry.parts if p is not None]
@@ -198,11 +199,12 @@ def sampled_sums(cfg: Config, entry: journal.Entry) -> dict[str, tuple[float, fl
     sums: dict[str, tuple[float, float]] = {
         f"reward/{k}": (sum(p[k] for p in known), len(known)) for k in (known or [{}])[0]
     }
+    if cfg.rollout.num_samples > 1:
+        sums["reward/mixed"] = int(np.sum(spread)), len(spread)
     return (
         sums
         | entry.sums
         | {
-            "reward/mixed": (int(np.sum(spread)), len(spread)),
             "reward/invalid": (int((~valid_GR).sum()), valid_GR.size),
             "prompt/tokens": (sum(len(g.prompt.tokens) for g in entry.groups), len(entry.groups)),
             "answer/tokens": (sum(len(sample.tokens) for sample in samples), len(samples)),

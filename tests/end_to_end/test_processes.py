@@ -176,6 +176,12 @@ def test_a_process_without_a_group_has_its_part_of_rewards_and_sums(configured):
     cfg = configured("tiny_cpu_grpo.yaml")
     _, valid_GR = grpo.totals(cfg, entry)
     assert set(grpo.sampled_sums(cfg, entry).values()) == {(0, 0)}
+    single = configured(
+        "tiny_cpu_grpo.yaml", "rollout.num_samples=1", "algorithm.advantage=reinforce_plus_plus"
+    )
+    assert set(grpo.sampled_sums(cfg, entry)) - set(grpo.sampled_sums(single, entry)) == {
+        "reward/mixed"
+    }
     others = np.array([[True, True, False, True]]).astype(valid_GR.dtype)  # as of_all_groups does
     advantage_GR = ADVANTAGES["grpo"](np.array([[1.0, 0, 9, 0]]), others)
     assert advantage_GR[0, 0] > 0 and advantage_GR[0, 2] == 0
@@ -237,16 +243,18 @@ def test_grpo_in_two_processes_is_killed_and_goes_on_as_one(configured, tmp_path
 
 @pytest.mark.slow
 def test_dynamic_sampling_in_two_processes_ends_when_both_have_their_groups(configured, tmp_path):
-    """Each fills its own rows; one that has done so waits, and asks nothing."""
+    """Each fills its own rows; one that has done so waits, and asks nothing. The KL to the policy
+    without adapters is in every token's reward, whitened over both."""
     cfg = configured(
         "tiny_cpu_grpo.yaml",
         "mesh={fsdp: 2, simulated: true}",
         "rollout.num_samples=2",
         "rewards={parity: 1.0}",
-        "algorithm={filter_by: parity/odd, max_tries: 8}",
+        "algorithm={filter_by: parity/odd, max_tries: 8, advantage: reinforce_plus_plus, kl: 0.01, "
+        "kl_in: reward}",
+        "model.lora_rank=4",
         "optimizer={learning_rate: 0.01}",
         "run.num_steps=3",
-        "run.export=false",
         "data.validation=",
     )
     finish(start(cfg, tmp_path, "killed_run.py", UNHURT, UNHURT))
@@ -262,3 +270,7 @@ def test_dynamic_sampling_in_two_processes_ends_when_both_have_their_groups(conf
         odd = [x["reward"]["parity/odd"] for x in answers if x["step"] == row["step"]]
         assert (np.reshape(odd, (4, 2)).sum(axis=1) == 1).all()
     assert waited  # in some try a process had its groups already
+    kls = [row["kl"] for row in steps]
+    assert kls[0] < MAX_GAP and min(kls[1:]) > 10 * MAX_GAP  # adapters begin as nothing
+    adapters = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert adapters and all(x.any() for x in adapters.values())  # gathered from both

@@ -265,6 +265,17 @@ def test_verify_reads_what_the_hub_noted_of_a_download(text, tmp_path):
         copying.copy(folder, tmp_path / "out")
 
 
+def test_digests_that_find_and_sha256sum_wrote_are_read(text, tmp_path):
+    """Their names begin with ./"""
+    folder = tmp_path / "a"
+    shutil.copytree(text, folder)
+    said = subprocess.run(
+        ["sha256sum", "./model.safetensors"], capture_output=True, text=True, cwd=folder
+    )
+    (folder / "SHA256SUMS").write_text(said.stdout)
+    assert copying.verify(folder) == 1
+
+
 @pytest.mark.parametrize(
     "line", ["{sum}  ../config.json", "{sum}  /etc/passwd", "abc  config.json"]
 )

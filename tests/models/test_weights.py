@@ -272,6 +272,18 @@ def test_a_tied_checkpoint_with_a_head_of_its_own_is_refused(tmp_path):
         models.load(tmp_path)
 
 
+def test_a_nan_in_a_tied_table_and_its_copy_is_called_one(tmp_path):
+    """A NaN differs from itself, so the two would be said to differ."""
+    write_text(tmp_path, "qwen3", tied=True)
+    file = tmp_path / "model.safetensors"
+    state = safetensors.torch.load_file(file)
+    state["model.embed_tokens.weight"][0, 0] = torch.nan
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    safetensors.torch.save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="model.embed_tokens.weight holds NaN"):
+        models.load(tmp_path)
+
+
 def test_the_table_covers_every_parameter_and_every_tensor(parts_of, vila_folder):
     abstract, table, _ = parts_of
     assert set(table) == set(weights.by_path(abstract))
