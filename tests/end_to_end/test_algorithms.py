@@ -13,7 +13,7 @@ from longrl_jax.stages import grpo, sampling, saving
 MAX_GAP = 1e-4  # as in test_loop.py
 R, GROUPS = 2, 4
 SMALL = (
-    "mesh={fsdp: 2, simulated: true}",
+    "mesh={data: 8, simulated: true}",
     f"rollout={{num_samples: {R}, dtype: float32, max_tokens: 12, max_model_len: 256, "
     "overlong_tokens: 12}",
     f"batch={{groups: {GROUPS}, max_row_tokens: 512, smallest_bucket: 128}}",
@@ -119,6 +119,23 @@ def test_dapo_counts_every_group_and_goes_on_within_a_step(
     grpo.run(cfg)
     assert calls == asked  # each try once, in two processes of one run
     assert computed(folder) == computed(whole)
+
+
+@pytest.mark.slow
+def test_a_run_that_keeps_nothing_says_why_and_stops(configured, tmp_path):
+    """Of two answers no share lies between 0.6 and 0.9; the steps before the last are logged."""
+    cfg = configured(
+        "tiny_cpu_grpo.yaml",
+        *DAPO,
+        "algorithm={filter_by: parity/odd, filter_low: 0.6, filter_high: 0.9, max_tries: 1}",
+        "run.num_steps=4",
+    )
+    with pytest.raises(ValueError, match=r"no group of 3 steps was kept: of the last \d, \d have"):
+        grpo.run(cfg)
+    steps = lines(tmp_path / "run")
+    assert [(step["step"], step["groups"]) for step in steps] == [(1, 0), (2, 0)]
+    assert all("loss" not in step and step["reward/parity/odd"] > 0 for step in steps)
+    assert not (tmp_path / "run" / "rollouts.jsonl").exists()
 
 
 @pytest.mark.slow
