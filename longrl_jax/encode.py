@@ -197,7 +197,9 @@ def _encode_missing(
 ) -> dict[str, video.VideoError]:
     """Decodes and encodes in the order that chunks arrive; returns the refused by Media.key."""
     jobs = [job_of(m, decoder) for m in media]
-    chunks = [encoder.chunk_sizes(m.view)[-1] for m in media]
+    chunks = [  # an image comes whole
+        m.view.inputs if m.kind == "image" else encoder.chunk_sizes(m.view)[-1] for m in media
+    ]
     refused: dict[str, video.VideoError] = {}
     writers: dict[int, video_cache.EntryWriter] = {}
     images: dict[View, list[tuple[Media, np.ndarray]]] = {}
@@ -214,8 +216,9 @@ def _encode_missing(
                     writers.pop(i).discard()
             elif m.kind == "image":
                 count(DECODED, len(item.frames))
-                images.setdefault(m.view, []).append((m, item.frames))
-                if len(images[m.view]) * m.view.unit_frames == encoder.chunk_sizes(m.view)[0]:
+                waiting = images.setdefault(m.view, [])
+                waiting.append((m, item.frames))
+                if (len(waiting) + 1) * m.view.inputs > encoder.chunk_sizes(m.view)[0]:
                     write_images(images.pop(m.view))
                 if sum(map(len, images.values())) >= MAX_WAITING:
                     write_images(images.pop(max(images, key=lambda view: len(images[view]))))
@@ -249,9 +252,11 @@ def _write_images(
     count: Callable[[str, int], None],
     images: Sequence[tuple[Media, np.ndarray]],
 ) -> None:
-    """Encodes the frames of images of one view in one call, the smallest, and stores each."""
-    frames = np.concatenate([frames for _, frames in images])
-    features_MC = encode_chunk(encoder, frames, images[0][0].view)
+    """Encodes the frames of images of one view together, and stores each."""
+    view = images[0][0].view
+    frames, most = np.concatenate([frames for _, frames in images]), encoder.chunk_sizes(view)[-1]
+    chunks = [frames[i : i + most] for i in range(0, len(frames), most)]
+    features_MC = np.concatenate([encode_chunk(encoder, chunk, view) for chunk in chunks])
     for (m, _), rows in zip(images, np.split(features_MC, len(images)), strict=True):
         with store.writer(names[m.key], rows.shape, encoder.dtype) as writer:
             writer.write(rows)

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from longrl_jax import encode
-from longrl_jax.data import video
+from longrl_jax.data import image, video
 from longrl_jax.metrics import Phases
 from longrl_jax.models import decoder, projector, s2, siglip, vila
 from longrl_jax.models.rope import Rope
@@ -282,6 +282,29 @@ def test_tiles_of_images_are_joined_alike_on_one_device_and_on_eight():
     )
     assert one.shape == (np.prod(view.grid), vila.feature_width(cfg, "packed"))
     assert_close(eight, one)
+
+
+@pytest.mark.parametrize("num_tiles", (3, 5, 20))
+def test_tiles_that_stand_alone_are_encoded_however_many_wait(
+    encoder, store, pool, tmp_path, num_tiles
+):
+    """More than a call of the tower takes (16), of several images or of one."""
+    view = dataclasses.replace(VIEW, scales=((32, 32 * num_tiles),))
+    rng, images, want = np.random.default_rng(0), [], {}
+    for i in range(9):
+        picture = rng.integers(0, 256, (32, 32 * num_tiles, 3), dtype=np.uint8)
+        path = tmp_path / f"{i}.png"
+        image.write_png(path, picture)
+        made = medium(path, num_tiles)
+        images.append(dataclasses.replace(made, kind="image", view=view))
+        want[made.key] = np.concatenate(
+            [encode.encode_chunk(encoder, x[None], VIEW) for x in np.split(picture, num_tiles, 1)]
+        )
+    prompts = [prompt_of(m) for m in images]
+    got, refused = encode.embed(encoder, prompts, store, pool, decoder="pyav")
+    assert not refused and set(got) == set(want)
+    for key, rows in got.items():
+        assert_close(rows, want[key])
 
 
 def test_films_of_every_length_need_two_programs(model, wanted, film, store, pool, caplog):
