@@ -33,7 +33,8 @@ from longrl_jax.platform import prepare
 from longrl_jax.types import Rollout
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "models")]  # torch's side lives there
+# torch's side lives there; the root before them, since tests/rollout_bridge has the name of a package
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "models")]
 ROLLOUT = RolloutConfig(
     dtype="float32", max_model_len=512, kv_cache_gib=0.25, num_samples=4, max_tokens=16
 )
