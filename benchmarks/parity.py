@@ -33,7 +33,7 @@ from longrl_jax.platform import prepare
 from longrl_jax.types import Rollout
 
 ROOT = Path(__file__).parents[1]
-# torch's side lives there; the root before them, since tests/rollout_bridge has the name of a package
+# torch's side lives there; behind the root, since tests/rollout_bridge is named like a package
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "models")]
 ROLLOUT = RolloutConfig(
     dtype="float32", max_model_len=512, kv_cache_gib=0.25, num_samples=4, max_tokens=16

@@ -310,3 +310,8 @@ def test_long_lines_are_averaged_and_keep_their_ends():
     shown = chart["series"][0]
     assert len(shown["steps"]) == svg.MAX_POINTS and shown["steps"][-1] == 2000
     assert shown["values"][0] == 3.0  # of 1, 2, 3, 4, 5
+
+
+def test_a_single_value_stands_in_the_middle_of_its_axis():
+    assert svg.Axis(8, 8, 0, 10)(8) == 5
+    assert [svg.Axis(1, 100, 0, 10, log=True)(x) for x in (1, 10, 100)] == [0, 5, 10]

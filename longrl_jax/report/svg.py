@@ -60,7 +60,8 @@ class Axis:
 
     def __call__(self, value: float) -> float:
         a, b, v = (math.log10(x) if self.log else x for x in (self.low, self.high, value))
-        return self.start + (self.end - self.start) * (v - a) / (b - a)
+        share = (v - a) / (b - a) if b > a else 0.5  # a single value stands in the middle
+        return self.start + (self.end - self.start) * share
 
     def ticks(self, count: int) -> list[float]:
         """Returns about `count` round values between the ends."""
