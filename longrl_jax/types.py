@@ -48,6 +48,10 @@ class Example:
     """In the order in which they stand, `at` ascending; empty for a text-only question."""
     reasoning: str = ""
     """Reference reasoning without tags; the target of CoT-SFT."""
+    tags: tuple[tuple[str, str], ...] = ()
+    """(name, value) of what results are reported by beside `kind`, e.g. ("duration", "long")."""
+    subtitles: str = ""
+    """Path, under data.root, of the film's subtitles; empty: none are known."""
 
     @property
     def about(self) -> str:

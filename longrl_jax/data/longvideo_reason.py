@@ -2,9 +2,9 @@
 
 Source: the card of LongVideo-Reason/longvideo-reason (fields problem_id, problem, data_type,
 problem_type, reasoning, videos, answer). The plain form has the names of types.Example: id,
-question, answer, kind, reasoning, with video, videos, image or images for the media. Other fields
-are left alone. Media stand where the question says <image> and <video>, as in Long-RL and EasyR1
-(verl/utils/dataset.py), or all before its words.
+question, answer, kind, reasoning, tags (an object of texts), subtitles (a path), with video,
+videos, image or images for the media. Other fields are left alone. Media stand where the question
+says <image> and <video>, as in Long-RL and EasyR1 (verl/utils/dataset.py), or all before its words.
 """
 
 import functools
@@ -128,7 +128,13 @@ def parse(line: bytes, *, root: Path, where: str) -> Example:
             f"{media_type}s",
         )
     question, media = _placed(texts.pop("question"), files, where)
-    return Example(**texts, question=question, media=media)
+    return Example(
+        **texts,
+        question=question,
+        media=media,
+        tags=_tags(tree.get("tags"), where),
+        subtitles=_subtitles(tree.get("subtitles"), root, where),
+    )
 
 
 def to_record(example: Example) -> dict[str, Any]:
@@ -148,7 +154,12 @@ def to_record(example: Example) -> dict[str, Any]:
         paths = [file.path for file in example.media if file.kind == kind]
         if paths:
             tree |= {one: paths[0]} if len(paths) == 1 else {many: paths}
-    return tree | {"reasoning": example.reasoning}
+    tree["reasoning"] = example.reasoning
+    if example.tags:
+        tree["tags"] = dict(example.tags)
+    if example.subtitles:
+        tree["subtitles"] = example.subtitles
+    return tree
 
 
 def _unique(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -220,17 +231,37 @@ def _paths(tree: dict[str, Any], kind: str, root: Path, where: str) -> list[str]
             where, f"{found[0]}={_shown(value)} must be a path, as text, or a list of paths"
         )
     for path in paths:
-        try:
-            inside = (root / path).resolve().is_relative_to(root.resolve())
-        except (ValueError, OSError, RuntimeError):  # a zero byte, a long name, a circle of links
-            inside = False
-        if Path(path).is_absolute() or not inside:
-            raise RecordError(
-                where,
-                f"{kind}={_shown(path)} must be a relative path that stays in {root}, links "
-                "followed",
-            )
+        _check_inside(kind, path, root, where)
     return paths
+
+
+def _check_inside(field: str, path: str, root: Path, where: str) -> None:
+    try:
+        inside = (root / path).resolve().is_relative_to(root.resolve())
+    except (ValueError, OSError, RuntimeError):  # a zero byte, a long name, a circle of links
+        inside = False
+    if Path(path).is_absolute() or not inside:
+        raise RecordError(
+            where,
+            f"{field}={_shown(path)} must be a relative path that stays in {root}, links followed",
+        )
+
+
+def _subtitles(value: Any, root: Path, where: str) -> str:
+    if value is None or value == "":
+        return ""
+    if not isinstance(value, str):
+        raise RecordError(where, f"subtitles={_shown(value)} must be a path, as text")
+    _check_inside("subtitles", value, root, where)
+    return value
+
+
+def _tags(value: Any, where: str) -> tuple[tuple[str, str], ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise RecordError(where, f"tags={_shown(value)} must be an object of texts by name")
+    return tuple(value.items())
 
 
 def _placed(

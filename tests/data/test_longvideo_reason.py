@@ -50,6 +50,29 @@ def test_reads_the_plain_form(tmp_path):
     assert write(tmp_path, full)[0] == want
 
 
+def test_tags_and_subtitles_are_read_and_written(tmp_path):
+    more = {"tags": {"duration": "long", "domain": "Film"}, "subtitles": "subs/v.srt"}
+    example = write(tmp_path, PLAIN | more)[0]
+    assert example.tags == (("duration", "long"), ("domain", "Film"))
+    assert example.subtitles == "subs/v.srt"
+    assert write(tmp_path, to_record(example))[0] == example
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("tags", ["long"], "must be an object of texts"),
+        ("tags", {"duration": 3}, "must be an object of texts"),
+        ("subtitles", 3, "must be a path"),
+        ("subtitles", "../v.srt", "links followed"),
+        ("subtitles", "/v.srt", "links followed"),
+    ],
+)
+def test_bad_tags_and_subtitles_are_refused(tmp_path, field, value, said):
+    with pytest.raises(RecordError, match=f"train.jsonl:1: {field}=.*{said}"):
+        _ = write(tmp_path, PLAIN | {field: value})[0]
+
+
 @pytest.mark.parametrize("video", [{}, {"video": ""}, {"video": None}])
 def test_a_question_may_have_no_video(tmp_path, video):
     assert write(tmp_path, without(PLAIN, "video") | video)[0].about == ""
