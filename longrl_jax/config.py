@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -80,6 +81,17 @@ def _check_lora(model: "ModelConfig") -> None:
         )
 
 
+def _check_mix(data: "DataConfig") -> None:
+    names = [part.name for part in data.mix]
+    if len(set(names)) < len(names):
+        raise ValueError(f"data.mix names {names}: every name must be another")
+    if data.mix and data.train != DataConfig.train:
+        raise ValueError(
+            f"data.train={data.train!r} and data.mix both say what is trained on; take data.train "
+            "out, and make it an entry of data.mix"
+        )
+
+
 def _check_timestamp(text: str) -> None:
     try:
         good = not text or text.format(t=1.0) != text.format(t=1000.0)
@@ -141,6 +153,35 @@ class ModelConfig:
         return (*self.frozen, "text") if self.lora_rank else self.frozen
 
 
+TEMPLATES = ("think", "direct", "boxed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixConfig:
+    """One of several sources of training records."""
+
+    name: str
+    """Of its counts in the metrics, data/<name>; letters, digits, and - _ between them."""
+    file: str
+    """File of records, under data.root (and `root` here)."""
+    source: str = "longvideo_reason"
+    """Format of the records: a name in longrl_jax.data.SOURCES."""
+    weight: float = 1.0
+    """Its share of the records of a run is weight / the sum of all weights."""
+    root: str = ""
+    """Folder under data.root that the file and its media lie under; empty: data.root itself."""
+    template: str = ""
+    """How its questions are put; empty: data.template."""
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[A-Za-z0-9]+(?:[-_][A-Za-z0-9]+)*", self.name):
+            raise ValueError(f"data.mix: name={self.name!r} must be letters, digits, - and _")
+        _filled(f"data.mix: file of {self.name}", self.file)
+        _positive(f"data.mix: weight of {self.name}", self.weight)
+        if self.template:
+            _one_of(f"data.mix: template of {self.name}", self.template, TEMPLATES)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which questions are read, and how their videos are sampled."""
@@ -153,6 +194,9 @@ class DataConfig:
     """File of held-out records, under root; empty: no evaluation."""
     source: str = "longvideo_reason"
     """Format of the records: a name in longrl_jax.data.SOURCES."""
+    mix: tuple[MixConfig, ...] = ()
+    """Several sources of training records, mixed by weight, in place of data.train; source and
+    template then are those of data.validation."""
     template: str = "think"
     """How a question is put to the model: think (reasoning, then an answer in tags), direct (the
     answer alone) or boxed (reasoning, then an answer in \\boxed{}, for the reward math_answer)."""
@@ -192,7 +236,8 @@ class DataConfig:
         _filled("data.root", self.root)
         _filled("data.train", self.train)
         _one_of("data.decoder", self.decoder, ("pyav", "decord"))
-        _one_of("data.template", self.template, ("think", "direct", "boxed"))
+        _one_of("data.template", self.template, TEMPLATES)
+        _check_mix(self)
         for name in ("num_frames", "frame_pool"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be 0 or more")
@@ -648,6 +693,7 @@ def to_yaml(config: Config) -> str:
     tree = dataclasses.asdict(config)
     for name in ("frozen", "lora_targets"):
         tree["model"][name] = list(tree["model"][name])
+    tree["data"]["mix"] = list(tree["data"]["mix"])
     return strict_yaml.dump(tree)
 
 

@@ -202,6 +202,8 @@ def check_names(cfg: config.Config) -> None:
 
     metrics.check_wandb(cfg.run.wandb)
     config.pick(data.SOURCES, cfg.data.source, "data.source")
+    for part in cfg.data.mix:
+        config.pick(data.SOURCES, part.source, f"data.mix: source of {part.name}")
     config.pick(advantages.ADVANTAGES, cfg.algorithm.advantage, "algorithm.advantage")
     config.pick(losses.LOSSES, cfg.algorithm.loss, "algorithm.loss")
     config.pick(losses.MEANS, cfg.algorithm.loss_mean, "algorithm.loss_mean")
