@@ -41,7 +41,7 @@ def test_batches_keep_both_limits(monkeypatch):
     monkeypatch.setattr(evaluation, "MAX_QUESTIONS", 3)
     monkeypatch.setattr(evaluation, "MAX_PROMPT_TOKENS", 10)
     asked = [prompt(n) for n in (1, 2, 3, 4, 5, 6, 50, 1)]
-    sizes = [[len(p.tokens) for p in batch] for batch in evaluation._batches(asked)]
+    sizes = [[len(p.tokens) for p in batch] for batch in evaluation.batches(asked)]
     assert sizes == [[1, 2, 3], [4, 5], [6], [50], [1]]
 
 

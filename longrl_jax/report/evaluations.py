@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from longrl_jax import scores
@@ -13,6 +14,7 @@ from longrl_jax.report import folders, svg
 MODES = {
     "greedy": "Greedy",
     "sampled": "Sampled",
+    "shuffled": "Options shuffled",
     "no_video": "Blind: no video",
     "other_video": "Blind: other video",
 }
@@ -44,6 +46,17 @@ class Table:
     headings: list[str]
     rows: list[tuple[str, list[Cell]]]
     """A name that starts with a space is drawn indented: a kind below its whole."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepChart:
+    """One sweep.json, drawn."""
+
+    title: str
+    note: str
+    svg: Markup
+    legend: list[tuple[int, str]]
+    """(colour, line)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,6 +138,51 @@ def evaluated(runs: Sequence[folders.Run], names: Sequence[str]) -> list[Evaluat
                 )
             )
     return found
+
+
+def sweeps(
+    runs: Sequence[folders.Run], names: Sequence[str], problems: list[str]
+) -> list[SweepChart]:
+    """Draws every sweep.json: the first accuracy over the number of frames; one that is damaged is
+    told in `problems`."""
+    charts = []
+    for run, name in zip(runs, names, strict=True):
+        for folder, tree in run.sweeps.items():
+            try:
+                chart = sweep_chart(tree)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                problems.append(f"{run.folder}/evaluate/{folder}/sweep.json: {error!r}")
+                continue
+            title = f"{name}: {folder}" if len(runs) > 1 else folder
+            charts.append(dataclasses.replace(chart, title=f"{title}: {chart.title}"))
+    return charts
+
+
+def sweep_chart(tree: folders.Row) -> SweepChart:
+    """Draws a sweep.json of python -m longrl_jax.evaluate --frames."""
+    points = tree["points"]
+    lines = list(dict.fromkeys(point["line"] for point in points))
+    series = []
+    for colour, line in enumerate(lines):
+        dots = []
+        for point in (point for point in points if point["line"] == line):
+            score = point["scores"][point["part"]]
+            low, high = (score["mean"] if score[e] is None else score[e] for e in ("low", "high"))
+            dots.append(svg.Dot(step=point["frames"], value=score["mean"], low=low, high=high))
+        none = np.zeros(0)
+        series.append(
+            svg.Series(name=line, colour=colour, steps=none, values=none, dots=tuple(dots))
+        )
+    part, known = points[0]["part"], points[0]["baselines"]
+    rules = [(heading, known[n]["mean"]) for n, heading in BASELINES.items() if n in known]
+    counts = sorted({point["questions"] for point in points})
+    asked = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+    return SweepChart(
+        title=part,
+        note=f"Greedy answers to {asked} questions by frames of a video; bars: 95 % intervals.",
+        svg=svg.dots_chart(series, label=f"{part} by frames", x_label="frames", rules=rules),
+        legend=list(enumerate(lines)) if lines != [""] else [],
+    )
 
 
 def compared(runs: Sequence[folders.Run], names: Sequence[str]) -> Table | None:
@@ -267,8 +325,9 @@ def _dict(value: Any) -> dict[str, Any]:
 
 
 def _kinds(modes: dict[str, Any]) -> list[str]:
+    """Returns all, the kinds and the values of every tag, in the order of scores.json."""
     every = dict.fromkeys(kind for by in modes.values() for kind in by)
-    return sorted(every, key=lambda kind: (kind != "all", kind))
+    return sorted(every, key=lambda kind: kind != "all")
 
 
 def _score(modes: dict[str, Any], mode: str, kind: str, part: str) -> dict[str, float]:

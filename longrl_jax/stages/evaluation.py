@@ -83,23 +83,9 @@ def answer(
     """
     items: list[list[Scored]] = []
     drawn: list[tuple[Sample, ...]] = []
-    with tqdm(
-        total=len(asked),
-        desc=mode.name,
-        unit="question",
-        leave=False,
-        disable=not processes.is_first(),
-    ) as bar:
-        for part in _batches(asked):
-            kept, features = embed(part, 0)  # step 0: not of the training
-            samples = rollout_bridge.generate_all(
-                engines,
-                inputs(kept, features),
-                num_samples=mode.num_samples,
-                temperature=mode.temperature,
-                max_tokens=cfg.rollout.max_tokens,
-                seeds=[_seed(cfg.seed, prompt.example.id) for prompt in kept],
-            )
+    with progress(mode.name, len(asked)) as bar:
+        for part in batches(asked):
+            kept, samples = draw(cfg, engines, part, embed, inputs, mode=mode)
             for prompt, group in zip(kept, samples, strict=True):
                 items.append([scored(prompt, s, policy, cfg) for s in group])
                 drawn.append(group)
@@ -114,11 +100,45 @@ def answer(
     ]
 
 
+def draw(
+    cfg: Config,
+    engines: Sequence[rollout_bridge.Engine],
+    asked: Sequence[Prompt],
+    embed: Embed,
+    inputs: Inputs,
+    *,
+    mode: Mode,
+) -> tuple[list[Prompt], list[tuple[Sample, ...]]]:
+    """Returns the questions of a batch whose videos can be read, and the answers to each."""
+    kept, features = embed(asked, 0)  # step 0: not of the training
+    samples = rollout_bridge.generate_all(
+        engines,
+        inputs(kept, features),
+        num_samples=mode.num_samples,
+        temperature=mode.temperature,
+        max_tokens=cfg.rollout.max_tokens,
+        seeds=[_seed(cfg.seed, prompt.example.id) for prompt in kept],
+    )
+    return kept, samples
+
+
+def progress(name: str, num_questions: int, *, done: int = 0) -> tqdm:
+    """Returns a bar over questions, shown by the first process."""
+    return tqdm(
+        total=num_questions,
+        initial=done,
+        desc=name,
+        unit="question",
+        leave=False,
+        disable=not processes.is_first(),
+    )
+
+
 def readable(asked: Sequence[Prompt], embed: Embed) -> list[Prompt]:
     """Returns the questions whose videos can be read, after which they are in the store."""
     kept: list[Prompt] = []
     with tqdm(total=len(asked), desc="videos", unit="question", leave=False) as bar:
-        for part in _batches(asked):
+        for part in batches(asked):
             kept += embed(part, 0)[0]
             bar.update(len(part))
     return kept
@@ -166,7 +186,7 @@ def scored(prompt: Prompt, sample: Sample, policy: Policy, cfg: Config) -> Score
     )
 
 
-def _batches(asked: Sequence[Prompt]) -> Iterator[list[Prompt]]:
+def batches(asked: Sequence[Prompt]) -> Iterator[list[Prompt]]:
     """Splits questions in order; a batch has at least one, and no more than both limits allow."""
     batch: list[Prompt] = []
     num_tokens = 0
