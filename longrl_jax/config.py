@@ -200,6 +200,14 @@ class DataConfig:
     template: str = "think"
     """How a question is put to the model: think (reasoning, then an answer in tags), direct (the
     answer alone) or boxed (reasoning, then an answer in \\boxed{}, for the reward math_answer)."""
+    wording: str = "plain"
+    """Words around the question: plain, choice or short (longrl_jax.data.wording)."""
+    template_file: str = ""
+    """Jinja2 template in place of `wording`, relative to the folder of the config; it says
+    {{ question }} and perhaps {{ options }}, {{ subtitles }}, {{ instruction }}, {{ thinking }}."""
+    subtitles: str = ""
+    """Where the film's subtitles stand, if it has any: above (the question; those on the screen at
+    the sampled times) or between (the frames); empty: nowhere."""
     num_frames: int = 0
     """Frames of a video when fps is 0; the most frames of a video when fps is set. 0: as
     num_video_frames in the config.json of model.path (VILA), with its fps where fps is 0 here; 16
@@ -237,6 +245,7 @@ class DataConfig:
         _filled("data.train", self.train)
         _one_of("data.decoder", self.decoder, ("pyav", "decord"))
         _one_of("data.template", self.template, TEMPLATES)
+        _one_of("data.subtitles", self.subtitles, ("", "above", "between"))
         _check_mix(self)
         for name in ("num_frames", "frame_pool"):
             if getattr(self, name) < 0:
@@ -666,7 +675,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     tree = strict_yaml.read(path)
     for item in overrides:
         strict_yaml.override(tree, item)
-    return _with_frames(records.build(Config, tree))
+    cfg = _with_frames(records.build(Config, tree))
+    if not cfg.data.template_file:
+        return cfg
+    template = str(Path(path).absolute().parent / cfg.data.template_file)
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, template_file=template))
 
 
 def _with_frames(cfg: Config) -> Config:

@@ -199,7 +199,9 @@ def _keep_trace(path: Path) -> str:
 def check_names(cfg: config.Config) -> None:
     """Raises ValueError for a name in the config that no table knows, before anything is loaded."""
     from longrl_jax import advantages, data, losses, metrics, rewards
+    from longrl_jax.data import wording
 
+    wording.check(cfg.data.wording, cfg.data.template_file)
     metrics.check_wandb(cfg.run.wandb)
     config.pick(data.SOURCES, cfg.data.source, "data.source")
     for part in cfg.data.mix:

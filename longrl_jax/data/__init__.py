@@ -6,13 +6,17 @@ docs/data.md.
 """
 
 from longrl_jax.data import (
+    activitynet_qa,
     clevrer,
     easyr1,
     llava_video,
     longvideo_reason,
+    longvideobench,
     nextqa,
     perception_test,
     star,
+    video_mme,
+    vnbench,
 )
 
 SOURCES = {
@@ -24,4 +28,8 @@ SOURCES = {
     "star": star.open_records,
     "image_qa": easyr1.open_image_qa,
     "text_math": easyr1.open_text_math,
+    "video_mme": video_mme.open_records,
+    "longvideobench": longvideobench.open_records,
+    "vnbench": vnbench.open_records,
+    "activitynet_qa": activitynet_qa.open_records,
 }

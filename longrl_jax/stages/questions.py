@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from longrl_jax import encode, processes
 from longrl_jax.config import Config, DataConfig, pick
-from longrl_jax.data import SOURCES, loader, mixing, prompts
+from longrl_jax.data import SOURCES, loader, mixing, prompts, subtitles
 from longrl_jax.data.longvideo_reason import RecordError
 from longrl_jax.data.refused import RefusedLog
 from longrl_jax.data.video import DecoderPool
+from longrl_jax.data.wording import Words
 from longrl_jax.metrics import Phases
 from longrl_jax.stages.policy import Policy
 from longrl_jax.types import Example, MediaFile, Prompt
@@ -134,6 +135,11 @@ def prompt_encoder(
         decoder=cfg.data.decoder,
         root=Path(cfg.data.root),
         timestamp=cfg.data.timestamp,
+        words=Words(
+            wording=cfg.data.wording,
+            template_file=cfg.data.template_file,
+            subtitles=cfg.data.subtitles,
+        ),
     )
     if with_target:
         return functools.partial(
@@ -166,7 +172,8 @@ def without_video(cfg: Config, policy: Policy, asked: Sequence[Prompt]) -> list[
 def with_other_video(
     cfg: Config, policy: Policy, asked: Sequence[Prompt], refused: RefusedLog
 ) -> list[Prompt]:
-    """Returns the questions about media, each asked of other questions' videos and images.
+    """Returns the questions about media, each asked of other questions' videos and images, with
+    the subtitles of these.
 
     Which ones is drawn by the seed; questions on one film share the other film, and a film is never
     its own other, however many files hold it. Questions with a medium of a kind that there are
@@ -174,6 +181,7 @@ def with_other_video(
     """
     other: dict[str, str] = {}
     files: dict[str, MediaFile] = {}
+    asked_of = {medium.key: prompt.example for prompt in asked for medium in prompt.media}
     for kind in ("image", "video"):
         of_kind = {
             medium.key: file
@@ -192,6 +200,9 @@ def with_other_video(
                 for medium, file in zip(prompt.media, prompt.example.media, strict=True)
             )
             example = dataclasses.replace(prompt.example, media=media)
+            films = [medium.key for medium in prompt.media if medium.kind == "video"]
+            if films:
+                example = subtitles.exchanged(example, asked_of[other[films[0]]])
             try:
                 shown.append(encode_prompt(example))
             except ValueError as error:
