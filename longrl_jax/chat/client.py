@@ -278,7 +278,7 @@ class _Asker:
             async with asyncio.timeout(cfg.timeout_s):
                 raw = await self._server.chat.completions.with_raw_response.create(
                     model=cfg.model,
-                    messages=list(request.messages),  # type: ignore[arg-type]
+                    messages=_sendable(request.messages),
                     temperature=request.temperature,
                     max_tokens=request.max_tokens,
                     **more,
@@ -391,6 +391,12 @@ def _key(cfg: ChatConfig) -> str:
     if not (secret.isascii() and secret.isprintable()):
         raise ValueError(f"the environment variable {cfg.api_key_env} holds no key: odd letters")
     return secret
+
+
+def _sendable(messages: Sequence[dict[str, Any]]) -> Any:
+    """Returns the messages with "?" for halves of surrogate pairs, which UTF-8 has no bytes for."""
+    text = json.dumps(messages, ensure_ascii=False, allow_nan=False)
+    return json.loads(text.encode("utf-8", "replace"))
 
 
 def _read(body: str) -> _Answer:
