@@ -5,6 +5,7 @@ import json
 import math
 import re
 import types
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -522,6 +523,50 @@ class OptimizerConfig:
             )
         if self.warmup_steps < 0 or self.weight_decay < 0:
             raise ValueError("optimizer.warmup_steps and optimizer.weight_decay must be 0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """A model behind an OpenAI-compatible server, and how it may be asked."""
+
+    base_url: str = ""
+    """Of the server, e.g. https://api.openai.com/v1 or http://localhost:8000/v1 (vllm serve)."""
+    model: str = ""
+    """Its name there. Replies are kept by it: another model under the same name is not noticed."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key; a server of this machine needs none. Empty: no key.
+    """
+    concurrency: int = 8
+    """Requests at a time."""
+    requests_per_minute: float = 0.0
+    """Most requests a minute, evenly spread, tries counted; 0: no limit."""
+    timeout_s: float = 120.0
+    """Longest time for one try."""
+    max_tries: int = 5
+    """Most times that one request is sent: after 429, 500, 502, 503, 504, a connection that breaks,
+    a time-out, and a reply that will not do (which is paid for)."""
+    usd_per_million_prompt_tokens: float = 0.0
+    """Price, for the cost that is shown."""
+    usd_per_million_completion_tokens: float = 0.0
+
+    def __post_init__(self):
+        url = urllib.parse.urlsplit(self.base_url)
+        if self.base_url and (url.scheme not in ("http", "https") or not url.hostname):
+            raise ValueError(f"base_url={self.base_url!r} must begin with http:// or https://")
+        if url.username or url.password or url.query or url.fragment:
+            raise ValueError(
+                f"base_url of {url.hostname} holds more than an address (a user, a key, a query); "
+                "put the key into the environment variable that api_key_env names"
+            )
+        for name in ("concurrency", "timeout_s", "max_tries"):
+            _positive(name, getattr(self, name))
+        for name in (
+            "requests_per_minute",
+            "usd_per_million_prompt_tokens",
+            "usd_per_million_completion_tokens",
+        ):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
