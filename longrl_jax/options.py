@@ -3,9 +3,9 @@
 import re
 from collections.abc import Sequence
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-"""Letters of the options, in order."""
-OPTION = re.compile(r"\s*\(?([A-Z])[.):]\s+(\S.*)", re.DOTALL)
+LETTERS = "ABCDEFGHIJ"
+"""Letters of the options, in order; more than ten are in no data set that we know."""
+OPTION = re.compile(r"\s*\(?([A-J])[.):]\s+(\S.*)", re.DOTALL)
 """A line that begins an option: "A. pad", "A) pad", "(A) pad" and "A: pad"."""
 
 
