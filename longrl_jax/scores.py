@@ -227,10 +227,13 @@ def one_answer(examples: Sequence[Example], report_by: Sequence[str] = ()) -> di
     }
 
 
-def chance(examples: Sequence[Example], report_by: Sequence[str] = ()) -> dict[str, Any]:
+def chance(
+    examples: Sequence[Example], report_by: Sequence[str] = (), rotations: int = 1
+) -> dict[str, Any]:
     """Returns what guessing among the options scores, {"all" or kind: {mean, n}}.
 
-    Only questions that list their options as capital letters from A on are counted.
+    Only questions that list their options as capital letters from A on are counted. rotations: how
+    many examples are one question, right only if all are.
     """
     choices = _by_kind(
         [
@@ -241,7 +244,10 @@ def chance(examples: Sequence[Example], report_by: Sequence[str] = ()) -> dict[s
         report_by,
     )
     return {
-        kind: {"mean": float(np.mean([1 / num_options(e) for e in chosen])), "n": len(chosen)}
+        kind: {
+            "mean": float(np.mean([num_options(e) ** -float(rotations) for e in chosen])),
+            "n": len(chosen) // rotations,
+        }
         for kind, chosen in choices.items()
     }
 

@@ -199,9 +199,13 @@ def _keep_trace(path: Path) -> str:
 def check_names(cfg: config.Config) -> None:
     """Raises ValueError for a name in the config that no table knows, before anything is loaded."""
     from longrl_jax import advantages, data, losses, metrics, rewards
+    from longrl_jax.data import wording
 
+    wording.check(cfg.data.wording, cfg.data.template_file)
     metrics.check_wandb(cfg.run.wandb)
     config.pick(data.SOURCES, cfg.data.source, "data.source")
+    for part in cfg.data.mix:
+        config.pick(data.SOURCES, part.source, f"data.mix: source of {part.name}")
     config.pick(advantages.ADVANTAGES, cfg.algorithm.advantage, "algorithm.advantage")
     config.pick(losses.LOSSES, cfg.algorithm.loss, "algorithm.loss")
     config.pick(losses.MEANS, cfg.algorithm.loss_mean, "algorithm.loss_mean")

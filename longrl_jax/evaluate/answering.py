@@ -16,7 +16,7 @@ import numpy as np
 
 import rollout_bridge
 from longrl_jax import encode, journal, platform, rewards, run_folder, scores, shuffled
-from longrl_jax.benchmarks import BENCHMARKS
+from longrl_jax.benchmarks import BENCHMARKS, joined
 from longrl_jax.config import Config
 from longrl_jax.data.refused import RefusedLog
 from longrl_jax.evaluate.drawn import DrawnLog, Row
@@ -90,8 +90,10 @@ def run(cfg: Config, plan: Plan, found: Found, model: Opened) -> Found:
         found |= {"questions": len(asked), "refused": refused.count}
         tags = dict.fromkeys(name for prompt in asked for name, _ in prompt.example.tags)
         report_by = list(found["judged_by"]["report_by"] if plan.benchmark else tags)
+        benchmark = BENCHMARKS.get(plan.benchmark)
+        rotations = benchmark.rotations if benchmark else 1
         if plan.baselines:
-            found["baselines"] = _baselines(asked, report_by)
+            found["baselines"] = _baselines(asked, report_by, rotations)
         greedy: dict[str, list[Row]] = {}
         for mode in modes(plan):
             asks = _asks(cfg, plan, policy, asked, refused, mode)
@@ -100,6 +102,9 @@ def run(cfg: Config, plan: Plan, found: Found, model: Opened) -> Found:
                 continue
             drawn = answers(cfg, plan, model, asks, embed, mode)
             rows = judged(cfg, plan, policy, asks, drawn, mode)
+            _write_rows(plan, mode.name, rows)
+            if benchmark:
+                rows = joined(rows, benchmark)
             several = scores.EVERY if mode.name == SHUFFLED else scores.PASS
             summary = scores.summary(rows, report_by=report_by, several=several)
             found["modes"][mode.name] = summary
@@ -107,9 +112,10 @@ def run(cfg: Config, plan: Plan, found: Found, model: Opened) -> Found:
             if mode.name == SHUFFLED:
                 found["shuffled_minus_greedy"] = gains(rows, greedy)
             found["counts"][mode.name] = {
-                "asked": len(asked), "answered": len(rows), "unjudged": scores.unjudged(rows),
-            }  # fmt: skip
-            _write_rows(plan, mode.name, rows)
+                "asked": len(asked) // rotations,
+                "answered": len(rows),
+                "unjudged": scores.unjudged(rows),
+            }
             _keep(plan, found)
     found["complete"] = True
     _keep(plan, found)
@@ -195,8 +201,10 @@ def gains(rows: Sequence[list[Row]], others: Mapping[str, list[Row]]) -> dict[st
     return {part: by_kind[scores.ALL] for part, by_kind in found.items() if by_kind}
 
 
-def _baselines(asked: Sequence[Prompt], report_by: Sequence[str]) -> dict[str, Any]:
+def _baselines(asked: Sequence[Prompt], report_by: Sequence[str], rotations: int) -> dict[str, Any]:
     examples = [prompt.example for prompt in asked]
+    if rotations > 1:  # no letter is right in all of them
+        return {"chance": scores.chance(examples, report_by, rotations)}
     return {
         "one_letter": scores.one_letter(examples, report_by),
         "one_answer": scores.one_answer(examples, report_by),

@@ -115,6 +115,8 @@ def _overrides(name: str, thinking: str) -> list[str]:
     said = [
         f"data.source={benchmark.source}",
         f"data.template={benchmark.template}",
+        f"data.wording={benchmark.wording}",
+        f"data.subtitles={benchmark.subtitles!r}",
         f"data.num_frames={benchmark.num_frames}",
         "data.fps=0",
     ]

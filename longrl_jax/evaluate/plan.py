@@ -13,7 +13,7 @@ EXPORT = "export"
 """Name of the folder that a run exports to."""
 ALL_EXAMPLES = sys.maxsize
 SCORES, DRAWN, ANSWERS = "scores.json", "drawn", "answers"
-FREE = ("train", "decoder_processes", "decode_timeout_s", "loader_workers")
+FREE = ("train", "mix", "decoder_processes", "decode_timeout_s", "loader_workers")
 """Keys of the section data that change no score."""
 
 Found = dict[str, Any]
@@ -103,7 +103,7 @@ def settings_of(cfg: config.Config, plan: Plan) -> dict[str, Any]:
     for path in files:  # not the bytes: a checkpoint may be many gigabytes
         stat = path.stat()
         digest.update(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    data = dataclasses.asdict(cfg.data)
+    data, template = dataclasses.asdict(cfg.data), cfg.data.template_file
     settings = {
         "model.path": cfg.model.path,
         "files of model.path": digest.hexdigest()[:16],
@@ -112,6 +112,7 @@ def settings_of(cfg: config.Config, plan: Plan) -> dict[str, Any]:
         "batch.max_row_tokens": cfg.batch.max_row_tokens,
         "data": {name: value for name, value in data.items() if name not in FREE},
         "content of data.validation": _digest(Path(cfg.data.root) / cfg.data.validation),
+        "content of data.template_file": template and _digest(Path(template)),
         "seed": cfg.seed,
         "--samples": plan.num_samples,
         "--temperature": plan.temperature,
@@ -143,4 +144,4 @@ def _digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
     except OSError as error:
-        raise ValueError(f"data.validation={path} cannot be read: {error.strerror}") from error
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error

@@ -13,6 +13,7 @@ import rollout_bridge
 from longrl_jax import processes, rewards, scores
 from longrl_jax.config import Config
 from longrl_jax.data import prompts as prompt_text
+from longrl_jax.data.mixing import template_of
 from longrl_jax.scores import ALL, Row
 from longrl_jax.stages.policy import Inputs, Policy
 from longrl_jax.stages.questions import Embed
@@ -179,7 +180,7 @@ def scored(prompt: Prompt, sample: Sample, policy: Policy, cfg: Config) -> Score
         text=prompt_text.decode_text(sample.tokens, policy.tokenizer),
         num_tokens=len(sample.tokens),
         finish_reason=sample.finish_reason,
-        template=cfg.data.template,
+        template=template_of(cfg.data, prompt.example),
         max_tokens=cfg.rollout.max_tokens,
         overlong_tokens=cfg.rollout.overlong_tokens,
     )
