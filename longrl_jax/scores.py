@@ -72,6 +72,11 @@ def unjudged(questions: Sequence[Sequence[Row]]) -> dict[str, int]:
     return dict(counts)
 
 
+def is_right(part: str) -> bool:
+    """Whether a part says if an answer is right: kinds and baselines are shown for it."""
+    return part.rpartition("/")[2] == CORRECT
+
+
 def kind_name(kind: str) -> str:
     """Returns the name that a kind is reported by."""
     return f"{ALL} (kind)" if kind == ALL else kind or "other"
@@ -126,10 +131,7 @@ def paired_difference(
     """
     only = sorted(set(a) ^ set(b))
     if only or not a:
-        raise ValueError(
-            f"{len(a)} and {len(b)} questions are not the same ones ({len(only)} in one alone, "
-            f"e.g. {only[:1]}); evaluate both on the same file with the same number of examples"
-        )
+        raise ValueError(_not_the_same(len(a), len(b), only))
     names = sorted(a)
     values = np.array([a[name] - b[name] for name in names])
     about = [clusters[name] for name in names] if clusters else []
@@ -157,17 +159,29 @@ def difference(after: Path | str, before: Path | str, *, mode: str, part: str) -
             f"{after} and {before} know other answers to {len(other)} questions, e.g. "
             f"{other[0]!r}: their data sets differ; evaluate both on the same one"
         )
+    only = sorted(set(ours) ^ set(theirs))
+    if only:
+        raise ValueError(_not_the_same(len(ours), len(theirs), only))
+    found = gains(ours, theirs, part)
+    if not found:
+        known = {name: None for rows in ours.values() for name in verdicts(rows[0])}
+        raise ValueError(f"{part!r} is no part of the scores; choose of {sorted(known)}")
+    return found
+
+
+def gains(
+    ours: Mapping[str, Sequence[Row]], theirs: Mapping[str, Sequence[Row]], part: str
+) -> dict[str, Score]:
+    """Returns {"all" or kind: paired difference} over the questions that both have judged answers
+    to, each by id with its answers; {} without any."""
     a, b = (_question_means(answers, part) for answers in (ours, theirs))
-    kinds: dict[str, list[str]] = {ALL: list(ours)}
-    for name, rows in ours.items():
-        kinds.setdefault(kind_name(rows[0]["kind"]), []).append(name)
     films = {name: _cluster(rows[0]) for name, rows in ours.items()}
-    result = {}
-    for kind, names in kinds.items():
-        theirs_of_kind = b if kind == ALL else {n: b[n] for n in names if n in b}
-        ours_of_kind = {n: a[n] for n in names if n in a}
-        result[kind] = paired_difference(ours_of_kind, theirs_of_kind, films)
-    return result
+    both = [(name, ours[name][0]["kind"], {}) for name in a if name in b]
+    return {
+        kind: paired_difference({n: a[n] for n in names}, {n: b[n] for n in names}, films)
+        for kind, names in _grouped(both, ()).items()
+        if names
+    }
 
 
 def read_answers(folder: Path | str, mode: str) -> dict[str, list[Row]]:
@@ -259,7 +273,7 @@ def _parts(questions: Sequence[Sequence[Row]], several: str) -> dict[str, Score]
                 judged[part].append(value)
         for part, drawn in judged.items():
             values[part].append((drawn, _cluster(rows[0])))
-            if num_samples > 1 and part.rpartition("/")[2] == CORRECT:
+            if num_samples > 1 and is_right(part):
                 name = f"{part}/{several}@{num_samples}"
                 values[name].append(([chosen(drawn)], _cluster(rows[0])))
     return {
@@ -294,18 +308,18 @@ def _variance(values: np.ndarray, clusters: Sequence[str], *, ddof: int) -> floa
     return max(single, shared)
 
 
-def _question_means(answers: Mapping[str, list[Row]], part: str) -> dict[str, float]:
-    means = {}
-    known: set[str] = set()
-    for name, rows in answers.items():
-        judged = [verdicts(row) for row in rows]
-        values = [parts[part] for parts in judged if part in parts]
-        known |= {key for parts in judged for key in parts}
-        if values:
-            means[name] = float(np.mean(values))
-    if known and not means:
-        raise ValueError(f"{part!r} is no part of the scores; choose of {sorted(known)}")
-    return means
+def _not_the_same(ours: int, theirs: int, only: Sequence[str]) -> str:
+    return (
+        f"{ours} and {theirs} questions are not the same ones ({len(only)} in one alone, e.g. "
+        f"{only[:1]}); evaluate both on the same file with the same number of examples"
+    )
+
+
+def _question_means(answers: Mapping[str, Sequence[Row]], part: str) -> dict[str, float]:
+    """Returns the mean of a part over the answers to each question that has a judged one."""
+    judged = {name: [verdicts(row) for row in rows] for name, rows in answers.items()}
+    values = {name: [v[part] for v in rows if part in v] for name, rows in judged.items()}
+    return {name: float(np.mean(drawn)) for name, drawn in values.items() if drawn}
 
 
 def _by_kind(

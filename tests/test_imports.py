@@ -24,6 +24,7 @@ LAYER = {  # the longest prefix counts; a module that has no row fails the test
     "longrl_jax.metrics": 2,
     "longrl_jax.scores": 2,
     "longrl_jax.options": 1,
+    "longrl_jax.shuffled": 2,
     "longrl_jax.processes": 1,
     "longrl_jax.run_folder": 1,
     "longrl_jax.chat": 1.5,  # of platform's, and below the rewards

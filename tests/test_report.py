@@ -137,7 +137,9 @@ def write_scores(folder, checkpoint, *, right):
         for kind in KINDS
         for i in range(4)
     ]
-    lines(folder / "answers.jsonl", answers)
+    (folder / "answers").mkdir()
+    for mode in ("greedy", "sampled"):
+        lines(folder / "answers" / f"{mode}.jsonl", [a for a in answers if a["mode"] == mode])
 
 
 def rollout_rows(rng, step, evil):

@@ -97,22 +97,22 @@ def test_paired_difference_is_the_t_interval_of_the_differences():
 
 def test_difference_of_two_folders(tmp_path):
     for name, right in (("sft", [0, 0, 1, 0]), ("grpo", [1, 0, 1, 1])):
-        (tmp_path / name).mkdir()
+        (tmp_path / name / "answers").mkdir(parents=True)
         rows = [
             row(f"q{i}", float(x), kind="goal" if i < 2 else "plot", video=f"{i}.mp4")
             for i, x in enumerate(right)
         ]
-        text = "".join(json.dumps(r) + "\n" for r in [*rows, row("q0", 0.0, mode="sampled")])
-        (tmp_path / name / "answers.jsonl").write_text(text)
+        text = "".join(json.dumps(r) + "\n" for r in rows)
+        (tmp_path / name / "answers" / "greedy.jsonl").write_text(text)
     part = "video_qa/accuracy"
     after, before = tmp_path / "grpo", tmp_path / "sft"
     got = scores.difference(str(after), before, mode="greedy", part=part)
     assert {kind: (s["mean"], s["n"]) for kind, s in got.items()} == {
         "all": (0.5, 4), "goal": (0.5, 2), "plot": (0.5, 2),
     }  # fmt: skip
-    with pytest.raises(ValueError, match="no answers of the mode 'no_video'"):
+    with pytest.raises(ValueError, match=r"there is no .*grpo/answers/no_video\.jsonl"):
         scores.difference(after, before, mode="no_video", part=part)
-    with pytest.raises(ValueError, match="'accuracy' is no part of the rewards; choose of"):
+    with pytest.raises(ValueError, match="'accuracy' is no part of the scores; choose of"):
         scores.difference(after, before, mode="greedy", part="accuracy")
 
 

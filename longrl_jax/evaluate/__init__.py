@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TextIO
 
 from longrl_jax import config, platform, run_folder
+from longrl_jax.evaluate.choices import THINKING, Variant, folder, variants
 from longrl_jax.evaluate.plan import ALL_EXAMPLES, Found, begun
-from longrl_jax.evaluate.table import compared, side_by_side, table
-from longrl_jax.evaluate.variants import THINKING, Variant, folder, variants
+from longrl_jax.evaluate.tables import compared, side_by_side, table
 from longrl_jax.train import COMPILE_CACHE, check_names
 
 EPILOG = """\
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if words[:1] == ["compare"]:
         _compare(words[1:])
         return
-    args = _parser().parse_intermixed_args(words)
+    args = parser().parse_intermixed_args(words)
     try:
         todo = variants(args)
         out = folder(args, todo[0].cfg)
@@ -213,7 +213,8 @@ def _frames(text: str) -> list[int]:
     return sorted({_count(1)(number.strip()) for number in text.split(",")})
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Returns what reads the command line of an evaluation."""
     parser = argparse.ArgumentParser(
         prog="python -m longrl_jax.evaluate",
         usage="python -m longrl_jax.evaluate CONFIG.yaml [section.key=value ...] [options]",

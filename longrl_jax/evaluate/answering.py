@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,7 @@ def run(cfg: Config, plan: Plan, found: Found, model: Opened) -> Found:
         rotations = benchmark.rotations if benchmark else 1
         if plan.baselines:
             found["baselines"] = _baselines(asked, report_by, rotations)
+        greedy: dict[str, list[Row]] = {}
         for mode in modes(plan):
             asks = _asks(cfg, plan, policy, asked, refused, mode)
             if not asks:
@@ -107,6 +108,9 @@ def run(cfg: Config, plan: Plan, found: Found, model: Opened) -> Found:
             several = scores.EVERY if mode.name == SHUFFLED else scores.PASS
             summary = scores.summary(rows, report_by=report_by, several=several)
             found["modes"][mode.name] = summary
+            greedy = greedy or {question[0]["id"]: question for question in rows}
+            if mode.name == SHUFFLED:
+                found["shuffled_minus_greedy"] = gains(rows, greedy)
             found["counts"][mode.name] = {
                 "asked": len(asked) // rotations,
                 "answered": len(rows),
@@ -187,6 +191,14 @@ def judged(
         row["reward"] = None if part is None else dict(part)
         by_question.setdefault(row["id"], []).append(row)
     return list(by_question.values())
+
+
+def gains(rows: Sequence[list[Row]], others: Mapping[str, list[Row]]) -> dict[str, scores.Score]:
+    """Returns what every accuracy gains over other answers to the same questions, paired."""
+    mine = {question[0]["id"]: question for question in rows}
+    parts = dict.fromkeys(part for question in rows for part in scores.verdicts(question[0]))
+    found = {part: scores.gains(mine, others, part) for part in parts if scores.is_right(part)}
+    return {part: by_kind[scores.ALL] for part, by_kind in found.items() if by_kind}
 
 
 def _baselines(asked: Sequence[Prompt], report_by: Sequence[str], rotations: int) -> dict[str, Any]:

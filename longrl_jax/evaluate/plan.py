@@ -71,6 +71,7 @@ def begun(cfg: config.Config, plan: Plan) -> Found:
         "counts": {},
         "modes": {},
         "baselines": {},
+        "shuffled_minus_greedy": {},
         "skipped": {},
         "judged_by": judged_by,
         "settings": settings,

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from longrl_jax import run_folder
+from longrl_jax import run_folder, scores
+from longrl_jax.evaluate.choices import Variant
 from longrl_jax.evaluate.plan import Found
-from longrl_jax.evaluate.table import is_right, parts_of
-from longrl_jax.evaluate.variants import Variant
+from longrl_jax.evaluate.tables import parts_of
 from longrl_jax.report import evaluations, svg
 
 SWEEP, PLOT = "sweep.json", "sweep.svg"
@@ -22,7 +22,9 @@ def write(todo: Sequence[Variant], found: Sequence[Found], out: Path) -> list[Pa
     tree = {"checkpoint": found[0]["checkpoint"], "points": points}
     chart = evaluations.sweep_chart(tree)
     run_folder.write_synced(out / SWEEP, (json.dumps(tree, indent=1) + "\n").encode())
-    run_folder.write_synced(out / PLOT, svg.alone(chart.svg, chart.legend, chart.title).encode())
+    run_folder.write_synced(
+        out / PLOT, svg.alone(chart.svg, chart.legend, chart.title, chart.note).encode()
+    )
     return [out / SWEEP, out / PLOT]
 
 
@@ -37,7 +39,7 @@ def _point(variant: Variant, found: Found, out: Path) -> dict[str, Any]:
         "folder": variant.plan.out.relative_to(out).as_posix(),
         "questions": found["questions"],
         "complete": found["complete"],
-        "part": next(filter(is_right, parts), parts[0]),
+        "part": next(filter(scores.is_right, parts), parts[0]),
         "scores": {part: greedy[part] for part in parts},
         "baselines": {name: score for name, score in baselines.items() if score},
     }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -174,13 +175,17 @@ def sweep_chart(tree: folders.Row) -> SweepChart:
             svg.Series(name=line, colour=colour, steps=none, values=none, dots=tuple(dots))
         )
     part, known = points[0]["part"], points[0]["baselines"]
-    rules = [(heading, known[n]["mean"]) for n, heading in BASELINES.items() if n in known]
+    rules = {heading: known[n]["mean"] for n, heading in BASELINES.items() if n in known}
+    blind = ", ".join(f"{heading.lower()} {100 * mean:.1f} %" for heading, mean in rules.items())
     counts = sorted({point["questions"] for point in points})
     asked = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
     return SweepChart(
         title=part,
-        note=f"Greedy answers to {asked} questions by frames of a video; bars: 95 % intervals.",
-        svg=svg.dots_chart(series, label=f"{part} by frames", x_label="frames", rules=rules),
+        note=f"{asked} questions, greedy; bars: 95 % intervals"
+        + (f"; broken: {blind}." if blind else "."),
+        svg=svg.dots_chart(
+            series, label=f"{part} by frames", x_label="frames", rules=list(rules.values())
+        ),
         legend=list(enumerate(lines)) if lines != [""] else [],
     )
 
@@ -303,7 +308,14 @@ def _change_cell(key: str, change: float) -> Cell:
 def _in_order(run: folders.Run) -> list[tuple[str, folders.Row]]:
     """Returns the evaluations of a run, that of what it started from first."""
     start = str(run.setting("model.path"))
-    return sorted(run.scores.items(), key=lambda item: item[1].get("checkpoint") != start)
+
+    def place(item: tuple[str, folders.Row]) -> tuple[bool, list[tuple[int, str]]]:
+        words = re.split(r"(\d+)", item[0])  # 8 frames before 16
+        return item[1].get("checkpoint") != start, [
+            (int(word) if word.isdecimal() else 0, word) for word in words
+        ]
+
+    return sorted(run.scores.items(), key=place)
 
 
 def _modes(tree: folders.Row) -> dict[str, Any]:

@@ -160,16 +160,16 @@ def interval_chart(
 
 
 def dots_chart(
-    series: Sequence[Series], *, label: str, x_label: str, rules: Sequence[tuple[str, float]] = ()
+    series: Sequence[Series], *, label: str, x_label: str, rules: Sequence[float] = ()
 ) -> Markup:
     """Draws the dots of every series with their bars, joined by a line, over a logarithmic axis
     whose ticks are the dots' own places; they must be above 0.
 
-    Values are shares, on an axis from 0. rules: (name, value) of what is the same at every place,
-    drawn as broken lines. Series that share a place stand beside one another there.
+    Values are shares, on an axis from 0. rules: what is the same at every place, as broken lines.
+    Series that share a place stand beside one another there.
     """
     places = sorted({dot.step for one in series for dot in one.dots})
-    most = max([dot.high for one in series for dot in one.dots] + [value for _, value in rules])
+    most = max([dot.high for one in series for dot in one.dots] + list(rules))
     x = Axis(places[0], places[-1], LEFT + 16, WIDTH - RIGHT - 16, log=True)
     y = Axis(0.0, min(1.0, 1.08 * most) or 1.0, HEIGHT - BOTTOM, TOP)
     parts = []
@@ -179,9 +179,7 @@ def dots_chart(
     parts.append(_line(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM, "axis"))
     parts += [_label(x(place), HEIGHT - BOTTOM + 15, f"{place:g}", "middle") for place in places]
     parts.append(_label((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, x_label, "middle"))
-    for name, value in rules:
-        parts.append(_line(LEFT, y(value), WIDTH - RIGHT, y(value), "rule"))
-        parts.append(_label(WIDTH - RIGHT, y(value) - 4, name, "end"))
+    parts += [_line(LEFT, y(value), WIDTH - RIGHT, y(value), "rule") for value in rules]
     for number, one in enumerate(series):
         aside = 7.0 * (number - (len(series) - 1) / 2)  # so that no bar hides another
         points = [(x(dot.step) + aside, dot) for dot in sorted(one.dots, key=lambda dot: dot.step)]
@@ -199,10 +197,12 @@ def dots_chart(
     )
 
 
-def alone(chart: Markup, legend: Sequence[tuple[int, str]], title: str) -> str:
-    """Returns a chart as a file of its own: with its colours, a title and a legend above it."""
+def alone(chart: Markup, legend: Sequence[tuple[int, str]], title: str, note: str) -> str:
+    """Returns a chart as a file of its own: with its colours, a title, a legend and a note, whose
+    parts between semicolons are lines."""
+    notes = note.split("; ")
     head, line = 26, 16
-    top = head + line * len(legend)
+    top = head + line * (len(legend) + len(notes))
     height = int(chart.partition('viewBox="0 0 ')[2].partition('"')[0].split()[1]) + top
     words = [_label(LEFT, 16, title, "start", "title")]
     for place, (colour, name) in enumerate(legend):
@@ -212,6 +212,8 @@ def alone(chart: Markup, legend: Sequence[tuple[int, str]], title: str) -> str:
             key.format(LEFT + 4, at, colour % NUM_COLOURS),
             _label(LEFT + 14, at + 4, name, "start"),
         ]
+    for place, text in enumerate(notes, start=len(legend)):
+        words.append(_label(LEFT, head + line * (place + 0.5) + 4, text, "start"))
     form = (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {}" width="{}" height="{}">\n'
         '<style>{}</style>\n<rect width="100%" height="100%" fill="#fff"/>\n{}\n'

@@ -24,12 +24,12 @@ def table(found: Found) -> str:
         if counts:
             rows.append([title, counts[0], *(_cell(cell) for cell in cells)])
     for name, by_kind in found["baselines"].items():
-        cells = [by_kind.get(ALL) if is_right(part) else None for part in parts]
+        cells = [by_kind.get(ALL) if scores.is_right(part) else None for part in parts]
         if by_kind:
             row = [name.replace("_", " "), str(by_kind[ALL]["n"]), *(_cell(c) for c in cells)]
             rows.append(row)
     lines = [_title(found), HEAD, *_aligned(rows)]
-    for part in filter(is_right, parts):
+    for part in filter(scores.is_right, parts):
         lines += ["", part, *_aligned(_by_kind(found, part, columns))]
     return "\n".join([*lines, *_remarks(found)])
 
@@ -39,7 +39,7 @@ def side_by_side(found: Mapping[str, Found], folders: Mapping[str, Path]) -> str
     differ in thinking alone, what thinking adds, question by question."""
     blocks = []
     for part in dict.fromkeys(part for one in found.values() for part in parts_of(one)):
-        if not is_right(part):
+        if not scores.is_right(part):
             continue
         greedy = {name: one["modes"]["greedy"] for name, one in found.items()}
         kinds = dict.fromkeys(kind for by_kind in greedy.values() for kind in by_kind)
@@ -64,14 +64,8 @@ def compared(after: Path, before: Path) -> str:
             "python -m longrl_jax.evaluate"
         )
     lines = [f"{after} minus {before}", "points (95 % interval of the paired difference)"]
-    answers = {mode: scores.read_answers(after, mode) for mode in modes}
-    parts = dict.fromkeys(
-        part
-        for of_mode in answers.values()
-        for rows in of_mode.values()
-        for part in scores.verdicts(rows[0])
-    )
-    for part in filter(is_right, parts):
+    parts, others = (_judged_parts(folder, modes) for folder in (after, before))
+    for part in (part for part in parts if scores.is_right(part) and part in others):
         by_mode = {m: scores.difference(after, before, mode=m, part=part) for m in modes}
         kinds = dict.fromkeys(kind for by_kind in by_mode.values() for kind in by_kind)
         rows = [["", "n", *(mode.replace("_", " ") for mode in modes)]]
@@ -89,12 +83,7 @@ def parts_of(found: Found) -> list[str]:
     """Returns the parts of the greedy scores: a benchmark's scorers first, accuracies next."""
     scorers = [f"{name}/{scores.CORRECT}" for name in found["judged_by"]["scorers"]]
     others = [part for part in found["modes"]["greedy"].get(ALL, {}) if part not in scorers]
-    return scorers + sorted(others, key=lambda part: (not is_right(part), part))
-
-
-def is_right(part: str) -> bool:
-    """Whether a part says if an answer is right, which kinds and baselines are shown for."""
-    return part.rpartition("/")[2] == scores.CORRECT
+    return scorers + sorted(others, key=lambda part: (not scores.is_right(part), part))
 
 
 def _columns(found: Found) -> dict[str, tuple[str, str]]:
@@ -126,6 +115,11 @@ def _by_kind(found: Found, part: str, columns: Mapping[str, tuple[str, str]]) ->
     return rows
 
 
+def _judged_parts(folder: Path, modes: Sequence[str]) -> dict[str, None]:
+    questions = [rows for mode in modes for rows in scores.read_answers(folder, mode).values()]
+    return dict.fromkeys(part for rows in questions for part in scores.verdicts(rows[0]))
+
+
 def _gains(folders: Mapping[str, Path], part: str) -> dict[str, dict[str, scores.Score]]:
     """Returns {"title": {kind: thinking minus direct}} of the pairs that differ in that alone."""
     gains = {}
@@ -135,7 +129,8 @@ def _gains(folders: Mapping[str, Path], part: str) -> dict[str, dict[str, scores
         if direct != name and direct in folders:
             rest = [word for word in words if word != "thinking"]
             title = ", ".join([*rest, "thinking - direct"])
-            gains[title] = scores.difference(folder, folders[direct], mode="greedy", part=part)
+            ours, theirs = (scores.read_answers(f, "greedy") for f in (folder, folders[direct]))
+            gains[title] = scores.gains(ours, theirs, part)
     return gains
 
 
@@ -147,7 +142,11 @@ def _title(found: Found) -> str:
 
 
 def _remarks(found: Found) -> list[str]:
-    remarks = [f"{mode} is left out: {why}" for mode, why in found["skipped"].items()]
+    remarks = [
+        f"{part}, options shuffled minus greedy on the same questions: {_difference(score)}"
+        for part, score in found["shuffled_minus_greedy"].items()
+    ]
+    remarks += [f"{mode} is left out: {why}" for mode, why in found["skipped"].items()]
     for mode, count in found["counts"].items():
         if count["answered"] < count["asked"]:
             remarks.append(f"{mode}: {count['answered']} of {count['asked']} could be asked")
