@@ -67,7 +67,7 @@ def render(
     values |= {"subtitles": subtitles, "instruction": instruction}
     try:
         text = template.render(question=MARK, thinking=thinking, **values)
-    except jinja2.TemplateError as error:
+    except Exception as error:  # a template of the user's may raise nearly anything
         raise _bad(words.template_file, str(error)) from None
     before, *after = text.split(MARK)
     if len(after) != 1:
