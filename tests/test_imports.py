@@ -60,6 +60,7 @@ DOORS = {  # a heavy package -> the only files that may import it
     "openai": ("longrl_jax/chat/client.py",),
     "aiolimiter": ("longrl_jax/chat/client.py",),
     "math_verify": ("longrl_jax/rewards/math_verdicts.py",),
+    "pysubs2": ("longrl_jax/data/subtitles.py",),
     "sympy": ("longrl_jax/rewards/math_verdicts.py",),
 }
 FILES = sorted([*ROOT.glob("longrl_jax/**/*.py"), *ROOT.glob("rollout_bridge/**/*.py")])
