@@ -5,6 +5,7 @@ Each is an evaluation of its own in a folder of its own; the model and its engin
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 
 from longrl_jax import config
@@ -51,26 +52,26 @@ def folder(args: argparse.Namespace, cfg: config.Config) -> Path:
 
 def _benchmarks(args: argparse.Namespace) -> dict[str, list[str]]:
     """Returns {name: what is overridden for it, after the command line}; one benchmark has its
-    records in data.root, several in data.root/NAME each; {"": []} without."""
+    records in data.root, several, or all, in data.root/NAME each; {"": []} without."""
     if not args.benchmark:
         return {"": []}
     from longrl_jax.benchmarks import BENCHMARKS  # here: it brings rewards, which take seconds
 
     root = Path(config.load(args.config, args.overrides).data.root)
+    files = dict(item.partition("=")[::2] for item in args.benchmark)
+    apart = len(files) > 1
     if args.benchmark == ["all"]:
-        args.benchmark = [name for name in BENCHMARKS if (root / name).is_dir()]
-        if not args.benchmark:
+        files, apart = {name: "" for name in BENCHMARKS if (root / name).is_dir()}, True
+        if not files:
             raise ValueError(
                 f"--benchmark all: data.root={root} holds no folder named after a benchmark; known "
                 f"ones are {', '.join(sorted(BENCHMARKS))}"
             )
-    files = dict(item.partition("=")[::2] for item in args.benchmark)
-    several = len(files) > 1
-    found = {}
+    found: dict[str, list[str]] = {}
     for name, file in files.items():
         config.pick(BENCHMARKS, name, "--benchmark")
-        found[name] = [f"data.validation={file}"] if file else []
-        found[name] += [f"data.root={root / name}"] if several else []
+        found[name] = [f"data.validation={json.dumps(file)}"] if file else []
+        found[name] += [f"data.root={json.dumps(str(root / name))}"] if apart else []
     return found
 
 

@@ -13,7 +13,7 @@ EXPORT = "export"
 """Name of the folder that a run exports to."""
 ALL_EXAMPLES = sys.maxsize
 SCORES, DRAWN, ANSWERS = "scores.json", "drawn", "answers"
-FREE = ("train", "decoder_processes", "decode_timeout_s", "loader_workers")
+FREE = ("train", "mix", "decoder_processes", "decode_timeout_s", "loader_workers")
 """Keys of the section data that change no score."""
 
 Found = dict[str, Any]

@@ -69,6 +69,8 @@ class Evaluated:
     chart: Markup
     legend: list[tuple[int, str]]
     """(colour, mode)."""
+    overview: Table | None
+    """All parts side by side, where several say whether an answer is right."""
     tables: list[Table]
 
 
@@ -135,6 +137,7 @@ def evaluated(runs: Sequence[folders.Run], names: Sequence[str]) -> list[Evaluat
                     note=_note(tree),
                     chart=chart,
                     legend=legend,
+                    overview=_overview(tree, parts),
                     tables=[_mode_table(tree, part) for part in parts],
                 )
             )
@@ -380,6 +383,27 @@ def _chart(tree: folders.Row, part: str) -> tuple[Markup, list[tuple[int, str]]]
     legend = list(enumerate([*(MODES.get(mode, mode) for mode in modes), *baselines]))
     label = f"{part} by kind and mode"
     return svg.interval_chart(rows, label=label, most=min(1.0, most * 1.05)), legend
+
+
+def _overview(tree: folders.Row, parts: Sequence[str]) -> Table | None:
+    """Puts the parts side by side over all kinds, a row a mode; None for a single accuracy."""
+    if sum(scores.is_right(part) for part in parts) < 2:
+        return None
+    modes = _modes(tree)
+    shown = [part for part in parts if "@" not in part]
+    rows = []
+    for mode in modes:
+        found = [_score(modes, mode, "all", part) for part in shown]
+        cells = [
+            _value_cell(score["mean"], score["low"], score["high"], share=is_share(part))
+            for part, score in zip(shown, found, strict=True)
+        ]
+        rows.append((MODES.get(mode, mode), cells))
+    for heading, by_kind in _baselines(tree).items():
+        mean = folders.number(by_kind.get("all", {}).get("mean"))
+        cell = _value_cell(mean, math.nan, math.nan, share=True)
+        rows.append((heading, [cell if scores.is_right(part) else Cell(text="") for part in shown]))
+    return Table(title="All questions", headings=["", *shown], rows=rows)
 
 
 def _mode_table(tree: folders.Row, part: str) -> Table:
