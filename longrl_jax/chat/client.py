@@ -374,6 +374,11 @@ def is_loopback(base_url: str) -> bool:
         return host == "localhost"
 
 
+def check(cfg: ChatConfig) -> None:
+    """Raises ValueError that says the way out where no server, model or key is named."""
+    _key(cfg)
+
+
 def _key(cfg: ChatConfig) -> str:
     """Returns the key of the server; it is in no message, journal or log."""
     if not cfg.base_url or not cfg.model:
