@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -183,6 +185,54 @@ def check_resumes(cfg, plan, found, model, monkeypatch):
         with pytest.raises(ValueError, match="holds an answer to another prompt of question"):
             run(cfg, plan, model)
     (plan.out / "scores.json").write_bytes(whole["scores.json"])
+
+
+@pytest.mark.slow
+def test_a_benchmark_with_and_without_thinking_over_frames(
+    configured, world, tmp_path, monkeypatch, capsys
+):
+    """One command, four evaluations, one engine; official and strict scores of each."""
+    cfg = configured("tiny_cpu_grpo.yaml", "rollout.process=inline")
+    (tmp_path / "config.yaml").write_text(config.to_yaml(cfg))
+    out = tmp_path / "out"
+    words = [str(tmp_path / "config.yaml"), "--benchmark=longvideo_reason", "--thinking=both"]
+    words += ["--frames=8,4", "--examples=4", "--samples=0", f"--out={out}"]
+    words += ["rollout.max_tokens=12", "batch.max_row_tokens=512"]
+    # this process is prepared already (conftest.py), and may have imported vLLM before
+    monkeypatch.setattr("longrl_jax.platform.prepare", lambda *_, **__: None)
+    started, open_engines = [], opened.open_engines
+    monkeypatch.setattr(
+        opened, "open_engines", lambda *args: started.append(1) or open_engines(*args)
+    )
+    evaluate.main(words)
+    assert started == [1]
+    shown = capsys.readouterr().out
+    assert "official/accuracy" in shown and "8 frames, thinking - direct" in shown
+    assert re.search(r"n +official/accuracy +strict/accuracy", shown)  # side by side
+
+    tree = json.loads((out / "sweep.json").read_text())
+    lines_of_plot = ["longvideo_reason, thinking", "longvideo_reason, direct"]
+    assert [(p["line"], p["frames"]) for p in tree["points"]] == [
+        (line, frames) for line in lines_of_plot for frames in (4, 8)
+    ]
+    for point in tree["points"]:
+        folder = out / point["folder"]
+        found = json.loads((folder / "scores.json").read_text())
+        rows = [rows[0] for rows in scores.read_answers(folder, "greedy").values()]
+        assert len(rows) == 4 and point["part"] == "official/accuracy"
+        assert point["scores"] == found["modes"]["greedy"]["all"]
+        right = [row["text"].strip() == row["answer"] for row in rows]  # no tags: all of the text
+        assert [row["scores"]["official"] for row in rows] == right
+        assert {row["scores"]["strict"] for row in rows} == {0.0}
+        assert {row["prompt"]["frames"][0] for row in rows} == {point["frames"]}
+        template = {"on": "think", "off": "direct"}["on" if "thinking" in folder.parts else "off"]
+        assert {row["prompt"]["template"] for row in rows} == {template}
+    plot = ElementTree.parse(out / "sweep.svg").getroot()
+    assert len([e for e in plot.iter() if e.get("class", "").startswith("line c")]) == 2
+
+    monkeypatch.setattr(opened, "open_policy", lambda *_, **__: pytest.fail("it was opened again"))
+    evaluate.main(words)  # all is there: it only reads
+    assert capsys.readouterr().out == shown
 
 
 @pytest.mark.slow
