@@ -13,6 +13,8 @@ EXPORT = "export"
 """Name of the folder that a run exports to."""
 ALL_EXAMPLES = sys.maxsize
 SCORES, DRAWN, ANSWERS = "scores.json", "drawn", "answers"
+JUDGE = "judge.jsonl"
+"""Verdicts of a model that judges, each paid for once."""
 FREE = ("train", "mix", "decoder_processes", "decode_timeout_s", "loader_workers")
 """Keys of the section data that change no score."""
 
@@ -86,8 +88,16 @@ def judges_of(cfg: config.Config, plan: Plan) -> dict[str, Any]:
     return {
         "rewards": dict(cfg.rewards),
         "scorers": list(benchmark.scorers) if benchmark else [],
+        "judge": cfg.judge.model if asks_judge(cfg, plan.benchmark) else "",
         "report_by": list(benchmark.report_by) if benchmark else [],
     }
+
+
+def asks_judge(cfg: config.Config, benchmark: str) -> bool:
+    """Whether a reward or a benchmark (a name; empty: none) asks the model of cfg.judge."""
+    from longrl_jax.benchmarks import BENCHMARKS
+
+    return "judge" in cfg.rewards or bool(benchmark and BENCHMARKS[benchmark].judge)
 
 
 def settings_of(cfg: config.Config, plan: Plan) -> dict[str, Any]:

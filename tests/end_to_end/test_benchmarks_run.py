@@ -8,6 +8,7 @@ import sys
 
 import pyarrow
 import pytest
+from chat_server import ChatServer
 from pyarrow import parquet
 
 from longrl_jax import config
@@ -24,6 +25,7 @@ FILMS = {  # where the two films of a benchmark lie
     "next_qa": "NExTVideo/{}.mp4",
     "perception_test": "videos/{}.mp4",
     "vnbench": "VNBench_new/{}.mp4",
+    "activitynet_qa": "all_test/v_{}.mp4",
 }
 
 
@@ -115,11 +117,23 @@ def vnbench(root):
     return "VNBench-main-4try.json"
 
 
+def activitynet_qa(root):
+    rows = [
+        {
+            **{"video_name": str(i), "question_id": f"v_{i}_0", "question": "which pad is red"},
+            **{"answer": "the left one", "type": "5"},
+        }
+        for i in (0, 1)
+    ]
+    (root / "test.json").write_text(json.dumps(rows))
+    return "test.json"
+
+
 WRITE = {
     **{"longvideo_reason": long_video_reason, "vnbench": vnbench, "next_qa": next_qa},
     **{"video_mme": video_mme, "video_mme_subtitles": video_mme},
     **{"longvideobench": longvideobench, "longvideobench_subtitles": longvideobench},
-    "perception_test": perception_test,
+    **{"perception_test": perception_test, "activitynet_qa": activitynet_qa},
 }
 
 
@@ -145,18 +159,24 @@ def test_every_benchmark_is_asked_and_scored(configured, sets, tmp_path):
     small = ["data.num_frames=8", "rollout.max_tokens=12"]
     command = [sys.executable, "-m", "longrl_jax.evaluate", str(tmp_path / "cfg.yaml"), *small]
     command += ["--benchmark", ",".join(named), "--examples", "all", "--samples", "0"]
-    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    with ChatServer(lambda asked: '{"pred": "yes", "score": 4}') as server:
+        command += ["--out", str(out), f"judge.base_url={server.base_url}", "judge.model=scripted"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert server.most_paid == 1
     assert "vnbench: 2 questions" in done.stdout
     for name in FILMS:
         found = json.loads((out / name / "scores.json").read_text())
         assert found["complete"] and found["refused"] == 0, name
         everything = found["modes"]["greedy"]["all"]
-        assert everything["official/accuracy"]["n"] == 2, name
+        official = "judge" if BENCHMARKS[name].judge else "official"
+        assert everything[f"{official}/accuracy"]["n"] == 2, name
+        assert official == "official" or everything["judge/accuracy"]["mean"] == 1
         assert everything["strict/accuracy"]["mean"] == 0, name  # random weights have no form
         kinds = " ".join(found["modes"]["greedy"])
         assert all(tag in kinds for tag in BENCHMARKS[name].report_by), (name, kinds)
-        assert set(found["modes"]) == {"greedy", "shuffled", "no_video", "other_video"}, name
+        asked = {"greedy", "no_video", "other_video", *["shuffled"] * (official == "official")}
+        assert set(found["modes"]) == asked, name
     answers = [
         json.loads(line)
         for line in (out / "vnbench" / "answers" / "greedy.jsonl").read_text().splitlines()
