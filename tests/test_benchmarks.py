@@ -1,9 +1,12 @@
 """Rotations of a question count together."""
 
+from pathlib import Path
+
 import pytest
 
-from longrl_jax import scores
+from longrl_jax import evaluate, scores
 from longrl_jax.benchmarks import BENCHMARKS, joined
+from longrl_jax.evaluate import choices
 from longrl_jax.types import Example
 
 VNBENCH = BENCHMARKS["vnbench"]
@@ -59,3 +62,30 @@ def test_chance_of_rotations(rotations, want):
     examples = [Example(id=str(i), question=question, answer="ABCD"[i]) for i in range(4)]
     found = scores.chance(examples, (), rotations)["all"]
     assert found == {"mean": want, "n": 4 // rotations}
+
+
+ROOM = ("batch.max_row_tokens=20000", "rollout.max_model_len=9000")
+CONFIG = Path(__file__).parents[1] / "configs" / "tiny_cpu_grpo.yaml"
+
+
+def asked_for(*words):
+    args = evaluate.parser().parse_intermixed_args([str(CONFIG), *ROOM, *words])
+    (variant,) = choices.variants(args)
+    return variant.cfg
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_says_how_it_is_asked(name):
+    judge = ["judge.base_url=http://localhost:1/v1", "judge.model=x"]
+    benchmark, cfg = BENCHMARKS[name], asked_for(f"--benchmark={name}", *judge)
+    data = cfg.data
+    assert (data.source, data.wording, data.subtitles, data.num_frames, data.fps) == (
+        *(benchmark.source, benchmark.wording, benchmark.subtitles, benchmark.num_frames, 0.0),
+    )
+    own = asked_for(f"--benchmark={name}", "data.subtitles=above", "data.wording=plain", *judge)
+    assert (own.data.subtitles, own.data.wording) == ("above", "plain")
+
+
+def test_open_answers_need_a_judge():
+    with pytest.raises(ValueError, match="activitynet_qa needs a model that judges: judge.base_ur"):
+        asked_for("--benchmark=activitynet_qa", "judge.model=x")
