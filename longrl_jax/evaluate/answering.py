@@ -18,6 +18,7 @@ import rollout_bridge
 from longrl_jax import encode, journal, platform, rewards, run_folder, scores, shuffled
 from longrl_jax.benchmarks import BENCHMARKS, joined
 from longrl_jax.config import Config
+from longrl_jax.data import subtitles
 from longrl_jax.data.refused import RefusedLog
 from longrl_jax.evaluate.drawn import DrawnLog, Row
 from longrl_jax.evaluate.plan import ANSWERS, DRAWN, JUDGE, SCORES, Found, Plan
@@ -89,7 +90,8 @@ def run(cfg: Config, plan: Plan, found: Found, model: Opened) -> Found:
             raise ValueError(f"not one video could be read; the reasons are in {refused.path}")
         found |= {"questions": len(asked), "refused": refused.count}
         tags = dict.fromkeys(name for prompt in asked for name, _ in prompt.example.tags)
-        report_by = list(found["judged_by"]["report_by"] if plan.benchmark else tags)
+        kinds = [name for name in tags if name not in (subtitles.START, subtitles.LENGTH)]
+        report_by = list(found["judged_by"]["report_by"] if plan.benchmark else kinds)
         benchmark = BENCHMARKS.get(plan.benchmark)
         rotations = benchmark.rotations if benchmark else 1
         if plan.baselines:
