@@ -192,9 +192,9 @@ def judged(
     server = rewards.judge.Server(chat=cfg.judge, journal=plan.out / JUDGE)
     parts = rewards.score(items, cfg.rewards, server)
     by_question: dict[str, list[Row]] = {}
-    for row, item, part, said in zip(rows, items, parts, verdicts, strict=True):
+    for row, item, part, more in zip(rows, items, parts, verdicts, strict=True):
         row["scores"] = {name: judge(item.text, item.example) for name, judge in scorers.items()}
-        row["scores"] |= said
+        row["scores"] |= more
         row["reward"] = None if part is None else dict(part)
         by_question.setdefault(row["id"], []).append(row)
     return list(by_question.values())
