@@ -55,6 +55,7 @@ DOORS = {  # a heavy package -> the only files that may import it
     "wandb": ("longrl_jax/metrics.py",),
     "math_verify": ("longrl_jax/rewards/math_verdicts.py",),
     "sympy": ("longrl_jax/rewards/math_verdicts.py",),
+    "pyarrow": ("longrl_jax/data/parquet.py",),
 }
 FILES = sorted([*ROOT.glob("longrl_jax/**/*.py"), *ROOT.glob("rollout_bridge/**/*.py")])
 
