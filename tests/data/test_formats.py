@@ -38,8 +38,8 @@ def test_the_published_form_is_read(tmp_path, source):
     assert read(source, tmp_path, WRITE[source](tmp_path)) == WANT[source]
 
 
-def test_there_is_a_published_form_for_every_source():
-    assert set(WRITE) == set(SOURCES)
+def test_every_published_form_has_a_source():
+    assert set(WRITE) <= set(SOURCES)
 
 
 @pytest.mark.parametrize("source", sorted(WRITE))

@@ -15,6 +15,8 @@ from longrl_jax.data import image, mixing, scenes
 
 ROOT = Path(__file__).parents[2]
 NUM_STEPS, GROUPS = 4, 8
+OF_THE_PROCESS = ("time/", "media/", "compilations")
+"""Metrics that say how a process went, not what the run computed."""
 PARTS = {"films": 2, "pictures": 1, "sums": 1}
 MIX = [
     "{name: films, file: train.jsonl, weight: 2}",
@@ -93,3 +95,23 @@ def test_a_run_on_three_sources_trains_on_each_and_says_so(sets, tmp_path, capsy
     taken_out = list((sets / "data/sets/clevr/unpacked").rglob("*.image"))
     assert 0 < len(taken_out) <= 6
     assert (Path(cfg.run.dir) / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_a_mixed_run_that_goes_on_is_the_unbroken_one(sets, tmp_path):
+    constant = ["optimizer={learning_rate: 1e-3}", f"store.path={tmp_path / 'store'}"]
+    runs = {}
+    for name, ends in {"unbroken": [NUM_STEPS], "resumed": [1, NUM_STEPS]}.items():
+        for end in ends:
+            cfg = load(sets, tmp_path / name, *constant, f"run.num_steps={end}")
+            path = tmp_path / f"{name}.yaml"
+            path.write_text(config.to_yaml(cfg))
+            train.main([str(path)])
+        runs[name] = [
+            {k: v for k, v in row.items() if not k.startswith(OF_THE_PROCESS)}
+            for row in lines(tmp_path / name, "metrics.jsonl")
+        ]
+    assert len(runs["resumed"]) == NUM_STEPS and runs["resumed"] == runs["unbroken"]
+    assert lines(tmp_path / "resumed", "refused.jsonl") == lines(
+        tmp_path / "unbroken", "refused.jsonl"
+    )
