@@ -62,6 +62,7 @@ DOORS = {  # a heavy package -> the only files that may import it
     "math_verify": ("longrl_jax/rewards/math_verdicts.py",),
     "pysubs2": ("longrl_jax/data/subtitles.py",),
     "sympy": ("longrl_jax/rewards/math_verdicts.py",),
+    "pyarrow": ("longrl_jax/data/parquet.py",),
 }
 FILES = sorted([*ROOT.glob("longrl_jax/**/*.py"), *ROOT.glob("rollout_bridge/**/*.py")])
 
