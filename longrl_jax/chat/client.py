@@ -187,7 +187,7 @@ class _Asker:
         self._num_waiting = 0
         self._num_answered = num_cached
         self._num_refused = 0
-        self._shown = {"failed": 0, "again": 0, "tokens": 0, "usd": 0.0}
+        self._shown = {"sent": 0, "failed": 0, "tokens": 0, "usd": 0.0}
 
     async def run(self, waiting: dict[str, Request]) -> None:
         """Asks all. Where one ends it, those in flight are waited for, and kept, before."""
@@ -228,6 +228,7 @@ class _Asker:
         while tries < self._cfg.max_tries and self._error is None:
             await self._wait()
             tries += 1
+            self._show(sent=1)
             started_s = time.perf_counter()
             try:
                 answer = await self._try(request, num_useless)
@@ -235,7 +236,6 @@ class _Asker:
                 reason, reached = str(trouble), reached or trouble.reached
                 self._pause(trouble.pause_s)
                 if tries < self._cfg.max_tries:
-                    self._show(again=1)
                     wait_s = min(FIRST_WAIT_S * 2 ** (tries - 1), MAX_WAIT_S)
                     await asyncio.sleep(random.uniform(wait_s / 2, wait_s))
                 continue
@@ -257,7 +257,6 @@ class _Asker:
             num_useless += 1
             if reply.finish_reason == "content_filter":  # it would filter that again
                 break
-            self._show(again=tries < self._cfg.max_tries)
         if self._error is not None:
             return
         self._keep(about | {"kind": "failure", "reason": reason, "tries": tries})
@@ -359,7 +358,7 @@ class _Asker:
             self._shown[name] += value
         shown = self._shown
         self._bar.set_postfix_str(
-            f"{self._num_cached} cached, {shown['failed']} failed, {shown['again']} tried again, "
+            f"{self._num_cached} cached, {shown['sent']} sent, {shown['failed']} failed, "
             f"{shown['tokens']:,} tokens, {shown['usd']:.4f} USD",
             refresh=False,
         )

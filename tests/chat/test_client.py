@@ -262,6 +262,7 @@ def test_the_key_is_sent_and_stands_nowhere(tmp_path, capfd):
 
 def test_a_server_elsewhere_needs_a_key_and_one_here_does_not(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # finds no server of this machine
     far = chat.ChatConfig(base_url="https://models.example/v1", model="any")
     with pytest.raises(ValueError, match=r"wants a key: set .* OPENAI_API_KEY"):
         chat.ask([request("a")], far, journal=None)
