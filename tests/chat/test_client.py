@@ -52,7 +52,15 @@ def lines(path):
 
 def test_replies_stand_in_the_order_asked_and_are_paid_for_once(tmp_path):
     words = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
-    with ChatServer(numbered) as server:
+    second = threading.Event()
+
+    def answer(asked):
+        if asked.number == 2:
+            second.set()
+        assert second.wait(60), "the second request waits for the reply to the first"
+        return numbered(asked)
+
+    with ChatServer(answer) as server:
         for _ in range(2):
             replies = chat.ask(
                 [request(word, schema=SCHEMA) for word in words],

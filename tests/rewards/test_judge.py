@@ -3,10 +3,11 @@
 import json
 import re
 import sys
+import threading
 from pathlib import Path
 
 import pytest
-from chat_server import ChatServer, hang, status
+from chat_server import ChatServer, status
 
 from longrl_jax import chat, rewards
 from longrl_jax.chat import client
@@ -73,7 +74,13 @@ def test_a_verdict_is_one_word_or_none(text, wanted):
 
 def test_all_answers_are_asked_at_once_and_equal_ones_once(tmp_path):
     items = [scored(word) for word in ("red", "a blue one", "RED? no: red", "red", "")]
-    with ChatServer(lambda asked: hang(0.05, by_word(asked))) as server:
+    together = threading.Barrier(3, timeout=60)
+
+    def answer(asked):
+        together.wait()
+        return by_word(asked)
+
+    with ChatServer(answer) as server:
         for _ in range(2):
             got = rewards.score(items, {"judge": 0.5}, server_of(server, tmp_path))
             assert [parts["total"] for parts in got] == [0.5, 0, 0.5, 0.5, 0]
