@@ -39,6 +39,8 @@ PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529)
 """Statuses that may be others at the next try."""
 CLOSED = (401, 403, 404, 405)
 """Statuses that every other request would get, too."""
+MAX_UNREACHED = 32
+"""Requests in a row that may fail without a word from the server; then `ask` ends."""
 MAX_REFUSED = 3
 """Requests that a server may refuse (400, 413, 422) before it has answered any; then `ask` ends."""
 FENCED = re.compile(r"\s*```(?:json)?\s*\n(.*?)\n\s*```\s*", re.DOTALL)
@@ -90,8 +92,9 @@ def ask(
     journal holds. progress: title of the bar; empty: none.
 
     Raises ValueError that says the way out where the server cannot be asked or takes no such
-    request (no key, 401, 404, ...), or another process has the journal; OSError where the journal
-    cannot be written. What came before is kept.
+    request (no key, 401, 404, ...), or another process has the journal; OSError where the server
+    is not reached for many requests in a row, or the journal cannot be written. What came before
+    is kept.
     """
     secret = _key(cfg)
     keys = [digest(request, cfg.model) for request in requests]
@@ -186,7 +189,7 @@ class _Asker:
         self._open_at_s = 0.0
         self._num_waiting = 0
         self._num_answered = num_cached
-        self._num_refused = 0
+        self._num_refused = self._num_unreached = 0
         self._shown = {"sent": 0, "failed": 0, "tokens": 0, "usd": 0.0}
 
     async def run(self, waiting: dict[str, Request]) -> None:
@@ -227,6 +230,8 @@ class _Asker:
         reason, reached, num_useless, tries = "", False, 0, 0
         while tries < self._cfg.max_tries and self._error is None:
             await self._wait()
+            if self._error is not None:
+                return
             tries += 1
             self._show(sent=1)
             started_s = time.perf_counter()
@@ -251,6 +256,7 @@ class _Asker:
             self._num_answered += not answer.fault
             self._keep_paid(about, reply, reason, metered=answer.tokens is not None)
             if not reason:
+                self._num_unreached = 0
                 self.found[key] = reply
                 self._bar.update()
                 return
@@ -263,6 +269,13 @@ class _Asker:
         self.found[key] = Failure(reason=reason, tries=tries, reached=reached)
         self._show(failed=1)
         self._bar.update()
+        self._num_unreached = 0 if reached else self._num_unreached + 1
+        if self._num_unreached == MAX_UNREACHED:
+            raise ConnectionError(
+                f"the server {self._cfg.base_url} was not reached for {MAX_UNREACHED} requests in "
+                f"a row ({reason}); start it, or check base_url, and give the same command again: "
+                "nothing that was answered is lost"
+            )
 
     async def _try(self, request: Request, num_useless: int) -> _Answer:
         """Sends a request once. num_useless: replies to it that would not do, so far."""
@@ -324,8 +337,8 @@ class _Asker:
 
     async def _wait(self) -> None:
         """Until the server wants to be asked, and the limit allows it."""
-        while (wait_s := self._open_at_s - time.monotonic()) > 0:
-            await asyncio.sleep(wait_s * random.uniform(1, 1.1))
+        while self._error is None and (wait_s := self._open_at_s - time.monotonic()) > 0:
+            await asyncio.sleep(min(wait_s, 1.0))
         if self._limiter is not None:
             await self._limiter.acquire()
 
@@ -347,10 +360,15 @@ class _Asker:
 
     def _keep(self, record: dict[str, Any]) -> None:
         if self._book is not None:
-            self._book.append(record)
+            hidden = {k: self._hidden(v) if isinstance(v, str) else v for k, v in record.items()}
+            self._book.append(hidden)
 
     def _scrubbed(self, text: str) -> str:
-        text = text if len(text) <= 500 else f"{text[:500]} ..."
+        text = self._hidden(text)
+        return text if len(text) <= 500 else f"{text[:500]} ..."
+
+    def _hidden(self, text: str) -> str:
+        """Returns a text without the key, which a server may have echoed."""
         return text.replace(self._secret, "[key]") if self._secret else text
 
     def _show(self, **more: float) -> None:

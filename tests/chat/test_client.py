@@ -286,6 +286,10 @@ def test_no_server_is_a_failure_that_says_so():
     cfg = chat.ChatConfig(base_url="http://127.0.0.1:9/v1", model="any", max_tries=2)
     (failure,) = chat.ask([request("a")], cfg, journal=None)
     assert not failure.reached and "http://127.0.0.1:9/v1" in failure.reason
+    with pytest.raises(
+        OSError, match=r"127\.0\.0\.1:9/v1 was not reached for 32 requests in a row"
+    ):
+        chat.ask([request(i) for i in range(1000)], cfg, journal=None)
 
 
 @pytest.mark.parametrize(
