@@ -54,8 +54,8 @@ DOORS = {  # a heavy package -> the only files that may import it
     "orbax": ("longrl_jax/checkpoint.py",),
     "tensorboardX": ("longrl_jax/metrics.py",),
     "wandb": ("longrl_jax/metrics.py",),
-    "openai": ("longrl_jax/chat/client.py",),
-    "aiolimiter": ("longrl_jax/chat/client.py",),
+    "openai": ("longrl_jax/chat/",),
+    "aiolimiter": ("longrl_jax/chat/",),
     "math_verify": ("longrl_jax/rewards/math_verdicts.py",),
     "sympy": ("longrl_jax/rewards/math_verdicts.py",),
 }

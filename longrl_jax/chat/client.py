@@ -9,24 +9,22 @@ or a broken connection kept from coming: nobody here can know).
 import asyncio
 import contextlib
 import dataclasses
-import email.utils
 import hashlib
 import ipaddress
 import json
 import os
 import random
-import re
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import openai
 from aiolimiter import AsyncLimiter
 from tqdm import tqdm
 
+from longrl_jax.chat import replies
 from longrl_jax.chat.journal import Failure, Journal, Reply
 from longrl_jax.config import ChatConfig
 
@@ -43,8 +41,6 @@ MAX_UNREACHED = 32
 """Requests in a row that may fail without a word from the server; then `ask` ends."""
 MAX_REFUSED = 3
 """Requests that a server may refuse (400, 413, 422) before it has answered any; then `ask` ends."""
-FENCED = re.compile(r"\s*```(?:json)?\s*\n(.*?)\n\s*```\s*", re.DOTALL)
-Check = Callable[[str], ValueError | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +77,7 @@ def ask(
     cfg: ChatConfig,
     *,
     journal: Path | None,
-    check: Check | None = None,
+    check: replies.Check | None = None,
     progress: str = "",
 ) -> list[Reply | Failure]:
     """Returns a reply to every request, in order, or why there is none.
@@ -132,15 +128,6 @@ def digest(request: Request, model: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def json_of(text: str) -> Any:
-    """Returns what a JSON text says; it may stand in a ```json block, as unguided models write.
-
-    Raises ValueError.
-    """
-    fenced = FENCED.fullmatch(text)
-    return json.loads(fenced[1] if fenced else text)
-
-
 class _Refused(ValueError):
     """The server takes no such request; closed: nor any other."""
 
@@ -157,18 +144,6 @@ class _Passing(Exception):
         self.pause_s, self.reached = pause_s, reached
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Answer:
-    """A body that came with status 200: a reply, or what is wrong with it."""
-
-    text: str
-    finish_reason: str
-    fault: str
-    """Empty: none."""
-    tokens: tuple[int, int] | None
-    """Of prompt and completion, where the server says them."""
-
-
 class _Asker:
     """Owner of the connections to a server while its requests are asked."""
 
@@ -177,7 +152,7 @@ class _Asker:
         cfg: ChatConfig,
         secret: str,
         book: Journal | None,
-        check: Check | None,
+        check: replies.Check | None,
         bar: tqdm,
         *,
         num_cached: int,
@@ -251,7 +226,7 @@ class _Asker:
                 break
             reached = True
             seconds = round(time.perf_counter() - started_s, 3)
-            reply = _reply(answer, seconds=seconds, tries=tries)
+            reply = replies.reply_of(answer, seconds=seconds, tries=tries)
             reason = self._scrubbed(answer.fault or _fault(reply, request, self._check))
             self._num_answered += not answer.fault
             self._keep_paid(about, reply, reason, metered=answer.tokens is not None)
@@ -277,7 +252,7 @@ class _Asker:
                 "nothing that was answered is lost"
             )
 
-    async def _try(self, request: Request, num_useless: int) -> _Answer:
+    async def _try(self, request: Request, num_useless: int) -> replies.Answer:
         """Sends a request once. num_useless: replies to it that would not do, so far."""
         cfg = self._cfg
         more: dict[str, Any] = {}
@@ -303,14 +278,14 @@ class _Asker:
             raise _Passing(reason, reached=False) from None
         except openai.APIStatusError as error:
             raise self._trouble(error) from None
-        return _read(raw.http_response.text)
+        return replies.read(raw.http_response.text)
 
     def _trouble(self, error: openai.APIStatusError) -> Exception:
         """Says what a status other than 200 means."""
         cfg, status = self._cfg, error.status_code
-        said = self._scrubbed(f"{status}: {_message(error)}")
+        said = self._scrubbed(f"{status}: {replies.message(error)}")
         broke = error.code == "insufficient_quota"
-        pause_s = _pause_s(error)
+        pause_s = replies.pause_s(error)
         if status in PASSING and not broke and pause_s <= MAX_PAUSE_S:
             return _Passing(said, pause_s=pause_s)
         name = cfg.api_key_env or "no environment variable (api_key_env is empty)"
@@ -421,73 +396,9 @@ def _sendable(messages: Sequence[dict[str, Any]]) -> Any:
     return json.loads(text.encode("utf-8", "replace"))
 
 
-def _read(body: str) -> _Answer:
-    """Takes a server's body apart; nothing in it is believed."""
-    try:
-        tree = json.loads(body)
-    except ValueError as error:
-        return _Answer(
-            text=body[:2000], finish_reason="", fault=f"the body is no JSON ({error})", tokens=None
-        )
-    tree = tree if isinstance(tree, dict) else {}
-    usage = tree.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
-    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    tokens = None
-    if type(prompt) is int and type(completion) is int and min(prompt, completion) >= 0:
-        tokens = prompt, completion
-    choices = tree.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
-        fault = "the reply has no choices" if not choices else "its first choice has no message"
-        return _Answer(text=body[:2000], finish_reason="", fault=fault, tokens=tokens)
-    text, reason = choice["message"].get("content"), str(choice.get("finish_reason") or "")
-    fault = ""
-    if reason == "content_filter":
-        fault = "the server's content filter cut the reply off"
-    elif choice["message"].get("refusal"):
-        fault = f"the model refuses: {choice['message']['refusal']}"
-    elif not isinstance(text, str):
-        fault = "its message has no text"
-        if reason == "length":
-            fault += ": max_tokens ended before the reasoning did; raise it"
-    return _Answer(
-        text=text if isinstance(text, str) else "", finish_reason=reason, fault=fault, tokens=tokens
-    )
-
-
-def _reply(answer: _Answer, *, seconds: float, tries: int) -> Reply:
-    prompt_tokens, completion_tokens = answer.tokens or (0, 0)
-    return Reply(
-        text=answer.text,
-        finish_reason=answer.finish_reason,
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        seconds=seconds,
-        tries=tries,
-    )
-
-
-def _fault(reply: Reply, request: Request, check: Check | None) -> str:
-    """Says why a reply will not do; empty: it will."""
-    cut = ""
-    if reply.finish_reason == "length":
-        cut = f"; it was cut off at max_tokens={request.max_tokens}"
-    if request.schema is not None and request.enforce:
-        try:
-            jsonschema.validate(json_of(reply.text), request.schema)
-        except jsonschema.ValidationError as error:
-            return f"the reply breaks the schema: {error.message}{cut}"
-        except (ValueError, RecursionError) as error:
-            return f"the reply is no JSON ({error}){cut}"
-    if check is not None:
-        try:
-            wrong = check(reply.text)
-        except ValueError as error:
-            wrong = error
-        if wrong is not None:
-            return f"{wrong or 'the check refuses it'}{cut}"
-    return ""
+def _fault(reply: Reply, request: Request, check: replies.Check | None) -> str:
+    schema = request.schema if request.enforce else None
+    return replies.fault_of(reply, schema=schema, max_tokens=request.max_tokens, check=check)
 
 
 def _seed(seed: int, num_useless: int) -> int:
@@ -496,24 +407,3 @@ def _seed(seed: int, num_useless: int) -> int:
         return seed
     text = f"{seed} {num_useless}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") >> 1
-
-
-def _message(error: openai.APIStatusError) -> str:
-    """Returns what the server says, without what the package adds."""
-    body = error.body
-    inner = body.get("error", body) if isinstance(body, dict) else body
-    said = inner.get("message") if isinstance(inner, dict) else inner
-    return " ".join(str(said or error.message).split())
-
-
-def _pause_s(error: openai.APIStatusError) -> float:
-    """Returns the seconds of Retry-After, which may also be a date; 0 where it says none."""
-    said = error.response.headers.get("retry-after", "")
-    try:
-        return max(0.0, float(said))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(said).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return 0.0
