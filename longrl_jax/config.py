@@ -534,8 +534,7 @@ class ChatConfig:
     model: str = ""
     """Its name there. Replies are kept by it: another model under the same name is not noticed."""
     api_key_env: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key; a server of this machine needs none. Empty: no key.
-    """
+    """Environment variable with the key; a server of this machine needs none. Empty: no key."""
     concurrency: int = 8
     """Requests at a time."""
     requests_per_minute: float = 0.0

@@ -1,7 +1,8 @@
 """Asking language models behind OpenAI-compatible servers; nothing that was paid for is lost."""
 
-from longrl_jax.chat.client import Request, ask, check, json_of
+from longrl_jax.chat.client import Request, ask, check
 from longrl_jax.chat.journal import Failure, Reply, Totals, spent
+from longrl_jax.chat.replies import json_of
 from longrl_jax.config import ChatConfig
 
 __all__ = [

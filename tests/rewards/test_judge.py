@@ -1,10 +1,13 @@
 """The judge reward against a scripted server, and rewards of a person's own."""
 
 import json
+import re
 import sys
+import threading
+from pathlib import Path
 
 import pytest
-from chat_server import ChatServer, hang, status
+from chat_server import ChatServer, status
 
 from longrl_jax import chat, rewards
 from longrl_jax.chat import client
@@ -71,7 +74,13 @@ def test_a_verdict_is_one_word_or_none(text, wanted):
 
 def test_all_answers_are_asked_at_once_and_equal_ones_once(tmp_path):
     items = [scored(word) for word in ("red", "a blue one", "RED? no: red", "red", "")]
-    with ChatServer(lambda asked: hang(0.05, by_word(asked))) as server:
+    together = threading.Barrier(3, timeout=60)
+
+    def answer(asked):
+        together.wait()
+        return by_word(asked)
+
+    with ChatServer(answer) as server:
         for _ in range(2):
             got = rewards.score(items, {"judge": 0.5}, server_of(server, tmp_path))
             assert [parts["total"] for parts in got] == [0.5, 0, 0.5, 0.5, 0]
@@ -200,3 +209,21 @@ MISTAKES = {
 def test_a_mistake_in_it_is_named(own, name):
     with pytest.raises(ValueError, match=MISTAKES[name]):
         rewards.score([scored("red"), scored("blue")], {name: 1.0})
+
+
+def test_the_page_names_every_reward_and_its_example_runs(own, tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    table = re.findall(r"^\| `([a-z_:]+)` \|", page, re.MULTILINE)
+    assert sorted(table) == sorted([*rewards.REWARDS, "module:function"])
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "my_rewards.py").write_text(example)
+    item = Scored(
+        example=Example(id="x", question="?", answer="1"),
+        text="at 1:05",
+        num_tokens=9,
+        finish_reason="stop",
+        max_tokens=12,
+    )
+    weights = {"my_rewards:brevity": 2.0, "my_rewards:mentions_time": 1.0}
+    (parts,) = rewards.score([item], weights)
+    assert parts == {"total": 2 * 0.25 + 1, "my_rewards:mentions_time/colons": 1}
