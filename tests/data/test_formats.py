@@ -540,7 +540,7 @@ def test_convert_never_writes_over_a_file_nor_half_of_one(tmp_path, capsys):
     with pytest.raises(SystemExit, match="is there already; name another file"):
         formats.main(["convert", "text_math", str(tmp_path), file, str(out)])
     assert out.read_text() == "mine"
-    with pytest.raises(SystemExit, match="SOURCE='math' is unknown; choose one of clevrer"):
+    with pytest.raises(SystemExit, match="SOURCE='math' is unknown; choose one of activity"):
         formats.main(["check", "math", str(tmp_path), file])
 
 
