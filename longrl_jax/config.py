@@ -534,8 +534,7 @@ class ChatConfig:
     model: str = ""
     """Its name there. Replies are kept by it: another model under the same name is not noticed."""
     api_key_env: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key; a server of this machine needs none. Empty: no key.
-    """
+    """Environment variable with the key; a server of this machine needs none. Empty: no key."""
     concurrency: int = 8
     """Requests at a time."""
     requests_per_minute: float = 0.0
@@ -638,7 +637,10 @@ class Config:
     batch: BatchConfig = BatchConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: dict[str, float] = dataclasses.field(default_factory=lambda: {"video_qa": 1.0})
-    """Weight of every reward, by its name in longrl_jax.rewards.REWARDS."""
+    """Weight of every reward, by its name in longrl_jax.rewards.REWARDS (docs/rewards.md), or a
+    function of your own, my_package.my_module:my_function, which is imported and run."""
+    judge: ChatConfig = ChatConfig()
+    """Who judges answers for the reward `judge`."""
     algorithm: AlgorithmConfig = AlgorithmConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     store: StoreConfig = StoreConfig()
@@ -683,6 +685,12 @@ class Config:
             )
         if not self.rewards:
             raise ValueError("rewards is empty; name at least one, e.g. rewards: {video_qa: 1.0}")
+        if "judge" in self.rewards and not (self.judge.base_url and self.judge.model):
+            raise ValueError(
+                f"rewards.judge needs a model that judges: judge.base_url={self.judge.base_url!r} "
+                f"and judge.model={self.judge.model!r} must name an OpenAI-compatible server, e.g. "
+                "http://localhost:8000/v1, and one of its models"
+            )
         if "overlong" in self.rewards and not self.rollout.overlong_tokens:
             raise ValueError(
                 "rewards.overlong needs rollout.overlong_tokens, the length over which it falls"

@@ -57,10 +57,12 @@ DOORS = {  # a heavy package -> the only files that may import it
     "orbax": ("longrl_jax/checkpoint.py",),
     "tensorboardX": ("longrl_jax/metrics.py",),
     "wandb": ("longrl_jax/metrics.py",),
-    "openai": ("longrl_jax/chat/client.py",),
-    "aiolimiter": ("longrl_jax/chat/client.py",),
+    "openai": ("longrl_jax/chat/",),
+    "aiolimiter": ("longrl_jax/chat/",),
     "math_verify": ("longrl_jax/rewards/math_verdicts.py",),
+    "pysubs2": ("longrl_jax/data/subtitles.py",),
     "sympy": ("longrl_jax/rewards/math_verdicts.py",),
+    "pyarrow": ("longrl_jax/data/parquet.py",),
 }
 FILES = sorted([*ROOT.glob("longrl_jax/**/*.py"), *ROOT.glob("rollout_bridge/**/*.py")])
 

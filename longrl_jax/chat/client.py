@@ -9,24 +9,22 @@ or a broken connection kept from coming: nobody here can know).
 import asyncio
 import contextlib
 import dataclasses
-import email.utils
 import hashlib
 import ipaddress
 import json
 import os
 import random
-import re
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import openai
 from aiolimiter import AsyncLimiter
 from tqdm import tqdm
 
+from longrl_jax.chat import replies
 from longrl_jax.chat.journal import Failure, Journal, Reply
 from longrl_jax.config import ChatConfig
 
@@ -39,10 +37,10 @@ PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529)
 """Statuses that may be others at the next try."""
 CLOSED = (401, 403, 404, 405)
 """Statuses that every other request would get, too."""
+MAX_UNREACHED = 32
+"""Requests in a row that may fail without a word from the server; then `ask` ends."""
 MAX_REFUSED = 3
 """Requests that a server may refuse (400, 413, 422) before it has answered any; then `ask` ends."""
-FENCED = re.compile(r"\s*```(?:json)?\s*\n(.*?)\n\s*```\s*", re.DOTALL)
-Check = Callable[[str], ValueError | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +77,7 @@ def ask(
     cfg: ChatConfig,
     *,
     journal: Path | None,
-    check: Check | None = None,
+    check: replies.Check | None = None,
     progress: str = "",
 ) -> list[Reply | Failure]:
     """Returns a reply to every request, in order, or why there is none.
@@ -90,8 +88,9 @@ def ask(
     journal holds. progress: title of the bar; empty: none.
 
     Raises ValueError that says the way out where the server cannot be asked or takes no such
-    request (no key, 401, 404, ...), or another process has the journal; OSError where the journal
-    cannot be written. What came before is kept.
+    request (no key, 401, 404, ...), or another process has the journal; OSError where the server
+    is not reached for many requests in a row, or the journal cannot be written. What came before
+    is kept.
     """
     secret = _key(cfg)
     keys = [digest(request, cfg.model) for request in requests]
@@ -129,15 +128,6 @@ def digest(request: Request, model: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def json_of(text: str) -> Any:
-    """Returns what a JSON text says; it may stand in a ```json block, as unguided models write.
-
-    Raises ValueError.
-    """
-    fenced = FENCED.fullmatch(text)
-    return json.loads(fenced[1] if fenced else text)
-
-
 class _Refused(ValueError):
     """The server takes no such request; closed: nor any other."""
 
@@ -154,18 +144,6 @@ class _Passing(Exception):
         self.pause_s, self.reached = pause_s, reached
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Answer:
-    """A body that came with status 200: a reply, or what is wrong with it."""
-
-    text: str
-    finish_reason: str
-    fault: str
-    """Empty: none."""
-    tokens: tuple[int, int] | None
-    """Of prompt and completion, where the server says them."""
-
-
 class _Asker:
     """Owner of the connections to a server while its requests are asked."""
 
@@ -174,7 +152,7 @@ class _Asker:
         cfg: ChatConfig,
         secret: str,
         book: Journal | None,
-        check: Check | None,
+        check: replies.Check | None,
         bar: tqdm,
         *,
         num_cached: int,
@@ -186,8 +164,8 @@ class _Asker:
         self._open_at_s = 0.0
         self._num_waiting = 0
         self._num_answered = num_cached
-        self._num_refused = 0
-        self._shown = {"failed": 0, "again": 0, "tokens": 0, "usd": 0.0}
+        self._num_refused = self._num_unreached = 0
+        self._shown = {"sent": 0, "failed": 0, "tokens": 0, "usd": 0.0}
 
     async def run(self, waiting: dict[str, Request]) -> None:
         """Asks all. Where one ends it, those in flight are waited for, and kept, before."""
@@ -227,7 +205,10 @@ class _Asker:
         reason, reached, num_useless, tries = "", False, 0, 0
         while tries < self._cfg.max_tries and self._error is None:
             await self._wait()
+            if self._error is not None:
+                return
             tries += 1
+            self._show(sent=1)
             started_s = time.perf_counter()
             try:
                 answer = await self._try(request, num_useless)
@@ -235,7 +216,6 @@ class _Asker:
                 reason, reached = str(trouble), reached or trouble.reached
                 self._pause(trouble.pause_s)
                 if tries < self._cfg.max_tries:
-                    self._show(again=1)
                     wait_s = min(FIRST_WAIT_S * 2 ** (tries - 1), MAX_WAIT_S)
                     await asyncio.sleep(random.uniform(wait_s / 2, wait_s))
                 continue
@@ -246,26 +226,33 @@ class _Asker:
                 break
             reached = True
             seconds = round(time.perf_counter() - started_s, 3)
-            reply = _reply(answer, seconds=seconds, tries=tries)
+            reply = replies.reply_of(answer, seconds=seconds, tries=tries)
             reason = self._scrubbed(answer.fault or _fault(reply, request, self._check))
             self._num_answered += not answer.fault
             self._keep_paid(about, reply, reason, metered=answer.tokens is not None)
             if not reason:
+                self._num_unreached = 0
                 self.found[key] = reply
                 self._bar.update()
                 return
             num_useless += 1
             if reply.finish_reason == "content_filter":  # it would filter that again
                 break
-            self._show(again=tries < self._cfg.max_tries)
         if self._error is not None:
             return
         self._keep(about | {"kind": "failure", "reason": reason, "tries": tries})
         self.found[key] = Failure(reason=reason, tries=tries, reached=reached)
         self._show(failed=1)
         self._bar.update()
+        self._num_unreached = 0 if reached else self._num_unreached + 1
+        if self._num_unreached == MAX_UNREACHED:
+            raise ConnectionError(
+                f"the server {self._cfg.base_url} was not reached for {MAX_UNREACHED} requests in "
+                f"a row ({reason}); start it, or check base_url, and give the same command again: "
+                "nothing that was answered is lost"
+            )
 
-    async def _try(self, request: Request, num_useless: int) -> _Answer:
+    async def _try(self, request: Request, num_useless: int) -> replies.Answer:
         """Sends a request once. num_useless: replies to it that would not do, so far."""
         cfg = self._cfg
         more: dict[str, Any] = {}
@@ -291,14 +278,14 @@ class _Asker:
             raise _Passing(reason, reached=False) from None
         except openai.APIStatusError as error:
             raise self._trouble(error) from None
-        return _read(raw.http_response.text)
+        return replies.read(raw.http_response.text)
 
     def _trouble(self, error: openai.APIStatusError) -> Exception:
         """Says what a status other than 200 means."""
         cfg, status = self._cfg, error.status_code
-        said = self._scrubbed(f"{status}: {_message(error)}")
+        said = self._scrubbed(f"{status}: {replies.message(error)}")
         broke = error.code == "insufficient_quota"
-        pause_s = _pause_s(error)
+        pause_s = replies.pause_s(error)
         if status in PASSING and not broke and pause_s <= MAX_PAUSE_S:
             return _Passing(said, pause_s=pause_s)
         name = cfg.api_key_env or "no environment variable (api_key_env is empty)"
@@ -325,8 +312,8 @@ class _Asker:
 
     async def _wait(self) -> None:
         """Until the server wants to be asked, and the limit allows it."""
-        while (wait_s := self._open_at_s - time.monotonic()) > 0:
-            await asyncio.sleep(wait_s * random.uniform(1, 1.1))
+        while self._error is None and (wait_s := self._open_at_s - time.monotonic()) > 0:
+            await asyncio.sleep(min(wait_s, 1.0))
         if self._limiter is not None:
             await self._limiter.acquire()
 
@@ -348,10 +335,15 @@ class _Asker:
 
     def _keep(self, record: dict[str, Any]) -> None:
         if self._book is not None:
-            self._book.append(record)
+            hidden = {k: self._hidden(v) if isinstance(v, str) else v for k, v in record.items()}
+            self._book.append(hidden)
 
     def _scrubbed(self, text: str) -> str:
-        text = text if len(text) <= 500 else f"{text[:500]} ..."
+        text = self._hidden(text)
+        return text if len(text) <= 500 else f"{text[:500]} ..."
+
+    def _hidden(self, text: str) -> str:
+        """Returns a text without the key, which a server may have echoed."""
         return text.replace(self._secret, "[key]") if self._secret else text
 
     def _show(self, **more: float) -> None:
@@ -359,7 +351,7 @@ class _Asker:
             self._shown[name] += value
         shown = self._shown
         self._bar.set_postfix_str(
-            f"{self._num_cached} cached, {shown['failed']} failed, {shown['again']} tried again, "
+            f"{self._num_cached} cached, {shown['sent']} sent, {shown['failed']} failed, "
             f"{shown['tokens']:,} tokens, {shown['usd']:.4f} USD",
             refresh=False,
         )
@@ -372,6 +364,11 @@ def is_loopback(base_url: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def check(cfg: ChatConfig) -> None:
+    """Raises ValueError that says the way out where no server, model or key is named."""
+    _key(cfg)
 
 
 def _key(cfg: ChatConfig) -> str:
@@ -399,73 +396,9 @@ def _sendable(messages: Sequence[dict[str, Any]]) -> Any:
     return json.loads(text.encode("utf-8", "replace"))
 
 
-def _read(body: str) -> _Answer:
-    """Takes a server's body apart; nothing in it is believed."""
-    try:
-        tree = json.loads(body)
-    except ValueError as error:
-        return _Answer(
-            text=body[:2000], finish_reason="", fault=f"the body is no JSON ({error})", tokens=None
-        )
-    tree = tree if isinstance(tree, dict) else {}
-    usage = tree.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
-    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    tokens = None
-    if type(prompt) is int and type(completion) is int and min(prompt, completion) >= 0:
-        tokens = prompt, completion
-    choices = tree.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
-        fault = "the reply has no choices" if not choices else "its first choice has no message"
-        return _Answer(text=body[:2000], finish_reason="", fault=fault, tokens=tokens)
-    text, reason = choice["message"].get("content"), str(choice.get("finish_reason") or "")
-    fault = ""
-    if reason == "content_filter":
-        fault = "the server's content filter cut the reply off"
-    elif choice["message"].get("refusal"):
-        fault = f"the model refuses: {choice['message']['refusal']}"
-    elif not isinstance(text, str):
-        fault = "its message has no text"
-        if reason == "length":
-            fault += ": max_tokens ended before the reasoning did; raise it"
-    return _Answer(
-        text=text if isinstance(text, str) else "", finish_reason=reason, fault=fault, tokens=tokens
-    )
-
-
-def _reply(answer: _Answer, *, seconds: float, tries: int) -> Reply:
-    prompt_tokens, completion_tokens = answer.tokens or (0, 0)
-    return Reply(
-        text=answer.text,
-        finish_reason=answer.finish_reason,
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        seconds=seconds,
-        tries=tries,
-    )
-
-
-def _fault(reply: Reply, request: Request, check: Check | None) -> str:
-    """Says why a reply will not do; empty: it will."""
-    cut = ""
-    if reply.finish_reason == "length":
-        cut = f"; it was cut off at max_tokens={request.max_tokens}"
-    if request.schema is not None and request.enforce:
-        try:
-            jsonschema.validate(json_of(reply.text), request.schema)
-        except jsonschema.ValidationError as error:
-            return f"the reply breaks the schema: {error.message}{cut}"
-        except (ValueError, RecursionError) as error:
-            return f"the reply is no JSON ({error}){cut}"
-    if check is not None:
-        try:
-            wrong = check(reply.text)
-        except ValueError as error:
-            wrong = error
-        if wrong is not None:
-            return f"{wrong or 'the check refuses it'}{cut}"
-    return ""
+def _fault(reply: Reply, request: Request, check: replies.Check | None) -> str:
+    schema = request.schema if request.enforce else None
+    return replies.fault_of(reply, schema=schema, max_tokens=request.max_tokens, check=check)
 
 
 def _seed(seed: int, num_useless: int) -> int:
@@ -474,24 +407,3 @@ def _seed(seed: int, num_useless: int) -> int:
         return seed
     text = f"{seed} {num_useless}".encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") >> 1
-
-
-def _message(error: openai.APIStatusError) -> str:
-    """Returns what the server says, without what the package adds."""
-    body = error.body
-    inner = body.get("error", body) if isinstance(body, dict) else body
-    said = inner.get("message") if isinstance(inner, dict) else inner
-    return " ".join(str(said or error.message).split())
-
-
-def _pause_s(error: openai.APIStatusError) -> float:
-    """Returns the seconds of Retry-After, which may also be a date; 0 where it says none."""
-    said = error.response.headers.get("retry-after", "")
-    try:
-        return max(0.0, float(said))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(said).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return 0.0

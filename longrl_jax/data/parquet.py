@@ -139,7 +139,7 @@ def shards(root: Path, file: str) -> list[str]:
         if not path.resolve().is_relative_to(root.resolve()):
             raise ValueError(f"the data file {path} lies outside data.root={root}; move it there")
     if not found:
-        raise ValueError(f"there is no parquet file {folder}; set data.root and the file under it")
+        raise ValueError(f"there is no data file {folder}; set data.root and the file under it")
     names = [path.relative_to(root).as_posix() for path in found]
     if len(names) > 1 or "*" in file:
         _check_whole(folder, [path.stem for path in found])

@@ -174,14 +174,14 @@ def encode_prompt(
         raise ValueError(
             f"record {example.id!r} asks about {example.about!r}, but the model takes text only"
         )
-    media = [
-        _image(root.absolute() / file.path, layout, sum(f.kind == "image" for f in example.media))
-        if file.kind == "image"
-        else _video(
-            root.absolute() / file.path, layout, num_frames=num_frames, fps=fps, decoder=decoder
-        )
-        for file in example.media
-    ]
+    num_images = sum(file.kind == "image" for file in example.media)
+    media: list[Media] = []
+    for file in example.media:
+        path = root.absolute() / file.path
+        if file.kind == "image":
+            media.append(_image(path, layout, num_images))
+        else:
+            media.append(_video(path, layout, num_frames=num_frames, fps=fps, decoder=decoder))
     above, inside = _subtitles(example, media, words.subtitles, root, tokenizer)
     asked, begin = _user_text(example, template, words, above)
     texts = _between_media(example, asked, begin, layout, tokenizer)

@@ -56,11 +56,11 @@ Scores are of the rewards of the config and, with --benchmark, of that benchmark
 (as its published code judges) beside strict (the form that was asked for, and the letter alone). An
 answer that could not be judged counts in no score, is counted, and is judged again next time.
 
---benchmark sets data.source, data.template, data.num_frames and rollout.max_tokens; overrides on
-the command line win. data.root and data.validation say where its records are; of several benchmarks
-NAME's are under data.root/NAME, in the file data.validation or NAME=FILE. --thinking sets
-data.template (on: think, off: direct), --frames data.num_frames. Each evaluation then has a folder
-of its own below DIR; the model is loaded, and vLLM started, once.
+--benchmark sets data.source, template, wording, subtitles, num_frames and rollout.max_tokens
+(docs/benchmarks.md); overrides on the command line win. data.root and data.validation say where its
+records are; of several benchmarks NAME's are under data.root/NAME, in the file data.validation or
+NAME=FILE. --thinking sets data.template (on: think, off: direct), --frames data.num_frames. Each
+evaluation then has a folder of its own below DIR; the model is loaded, and vLLM started, once.
 
 files in DIR (default: run.dir/evaluate/<the run that model.path comes from>)
   scores.json           every mode, overall, by kind and by tag, with intervals; the baselines; the
@@ -68,6 +68,7 @@ files in DIR (default: run.dir/evaluate/<the run that model.path comes from>)
   answers/MODE.jsonl    a line an answer: the question as it was asked, its options in their order,
                         the text, every verdict, film, kind and tags
   drawn/MODE.jsonl      the answers as the engine gave them, on disk as they come
+  judge.jsonl           verdicts of a model that judges, each paid for once
   refused.jsonl         questions that could not be asked, with reasons; they count in no score
   sweep.json, sweep.svg with --frames: scores by number of frames, and the plot
 An evaluation that was cut off goes on when the same command is given again: what was answered is

@@ -18,9 +18,10 @@ import rollout_bridge
 from longrl_jax import encode, journal, platform, rewards, run_folder, scores, shuffled
 from longrl_jax.benchmarks import BENCHMARKS, joined
 from longrl_jax.config import Config
+from longrl_jax.data import subtitles
 from longrl_jax.data.refused import RefusedLog
 from longrl_jax.evaluate.drawn import DrawnLog, Row
-from longrl_jax.evaluate.plan import ANSWERS, DRAWN, SCORES, Found, Plan
+from longrl_jax.evaluate.plan import ANSWERS, DRAWN, JUDGE, SCORES, Found, Plan
 from longrl_jax.metrics import Phases
 from longrl_jax.stages import evaluation, questions
 from longrl_jax.stages import policy as opening
@@ -89,7 +90,8 @@ def run(cfg: Config, plan: Plan, found: Found, model: Opened) -> Found:
             raise ValueError(f"not one video could be read; the reasons are in {refused.path}")
         found |= {"questions": len(asked), "refused": refused.count}
         tags = dict.fromkeys(name for prompt in asked for name, _ in prompt.example.tags)
-        report_by = list(found["judged_by"]["report_by"] if plan.benchmark else tags)
+        kinds = [name for name in tags if name not in (subtitles.START, subtitles.LENGTH)]
+        report_by = list(found["judged_by"]["report_by"] if plan.benchmark else kinds)
         benchmark = BENCHMARKS.get(plan.benchmark)
         rotations = benchmark.rotations if benchmark else 1
         if plan.baselines:
@@ -184,10 +186,15 @@ def judged(
                 rows.append(_item(cfg, mode, ask, number, sample, items[-1].text))
     benchmark = BENCHMARKS.get(plan.benchmark)
     scorers = benchmark.scorers if benchmark else {}
-    parts = rewards.score(items, cfg.rewards)
+    verdicts: Sequence[Mapping[str, float | None]] = [{}] * len(items)
+    if benchmark and benchmark.judge:
+        verdicts = benchmark.judge(items, cfg.judge, plan.out / JUDGE)
+    server = rewards.judge.Server(chat=cfg.judge, journal=plan.out / JUDGE)
+    parts = rewards.score(items, cfg.rewards, server)
     by_question: dict[str, list[Row]] = {}
-    for row, item, part in zip(rows, items, parts, strict=True):
+    for row, item, part, more in zip(rows, items, parts, verdicts, strict=True):
         row["scores"] = {name: judge(item.text, item.example) for name, judge in scorers.items()}
+        row["scores"] |= more
         row["reward"] = None if part is None else dict(part)
         by_question.setdefault(row["id"], []).append(row)
     return list(by_question.values())

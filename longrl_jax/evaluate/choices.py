@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from longrl_jax import config
-from longrl_jax.evaluate.plan import Plan, default_out
+from longrl_jax.evaluate.plan import Plan, asks_judge, default_out
 
 THINKING = {"on": "think", "off": "direct"}
 """Value of --thinking -> data.template."""
@@ -92,6 +92,12 @@ def _variant(
         raise ValueError(
             f"mesh.processes={cfg.mesh.processes}: an evaluation is one process; set "
             "mesh.processes=1 and mesh.* to the devices of this host"
+        )
+    if asks_judge(cfg, benchmark) and not (cfg.judge.base_url and cfg.judge.model):
+        raise ValueError(
+            f"--benchmark {benchmark} needs a model that judges: judge.base_url="
+            f"{cfg.judge.base_url!r} and judge.model={cfg.judge.model!r} must name one behind an "
+            "OpenAI-compatible server"
         )
     if not cfg.data.validation:
         raise ValueError("data.validation is empty; name a file of held-out questions")

@@ -13,6 +13,8 @@ EXPORT = "export"
 """Name of the folder that a run exports to."""
 ALL_EXAMPLES = sys.maxsize
 SCORES, DRAWN, ANSWERS = "scores.json", "drawn", "answers"
+JUDGE = "judge.jsonl"
+"""Verdicts of a model that judges, each paid for once."""
 FREE = ("train", "mix", "decoder_processes", "decode_timeout_s", "loader_workers")
 """Keys of the section data that change no score."""
 
@@ -86,8 +88,16 @@ def judges_of(cfg: config.Config, plan: Plan) -> dict[str, Any]:
     return {
         "rewards": dict(cfg.rewards),
         "scorers": list(benchmark.scorers) if benchmark else [],
+        "judge": cfg.judge.model if asks_judge(cfg, plan.benchmark) else "",
         "report_by": list(benchmark.report_by) if benchmark else [],
     }
+
+
+def asks_judge(cfg: config.Config, benchmark: str) -> bool:
+    """Whether a reward or a benchmark (a name; empty: none) asks the model of cfg.judge."""
+    from longrl_jax.benchmarks import BENCHMARKS
+
+    return "judge" in cfg.rewards or bool(benchmark and BENCHMARKS[benchmark].judge)
 
 
 def settings_of(cfg: config.Config, plan: Plan) -> dict[str, Any]:
@@ -111,7 +121,7 @@ def settings_of(cfg: config.Config, plan: Plan) -> dict[str, Any]:
         "rollout": [cfg.rollout.dtype, cfg.rollout.max_tokens, cfg.rollout.max_model_len],
         "batch.max_row_tokens": cfg.batch.max_row_tokens,
         "data": {name: value for name, value in data.items() if name not in FREE},
-        "content of data.validation": _digest(Path(cfg.data.root) / cfg.data.validation),
+        "content of data.validation": _digest(*_held_out(cfg.data)),
         "content of data.template_file": template and _digest(Path(template)),
         "seed": cfg.seed,
         "--samples": plan.num_samples,
@@ -139,9 +149,21 @@ def step_of(checkpoint: str) -> int | None:
     return json.loads(lines[-1])["step"] if lines else None
 
 
-def _digest(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+def _held_out(data: config.DataConfig) -> list[Path]:
+    """Returns the files of data.validation, which may be the shards of a folder."""
+    from longrl_jax.data import parquet
+
+    root, file = Path(data.root), data.validation
+    shards = parquet.is_parquet(root, file) or "*" in file
+    return [root / name for name in (parquet.shards(root, file) if shards else [file])]
+
+
+def _digest(*paths: Path) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    return digest.hexdigest()[:16]

@@ -90,7 +90,8 @@ def answer(
                 items.append([scored(prompt, s, policy, cfg) for s in group])
                 drawn.append(group)
             bar.update(len(part))
-    parts = iter(rewards.score([item for group in items for item in group], cfg.rewards))
+    flat = [item for group in items for item in group]
+    parts = iter(rewards.score(flat, cfg.rewards, judge_of(cfg, "judge_evaluation")))
     return [
         [
             _row(item, sample, next(parts), mode=mode.name, number=number)
@@ -184,6 +185,14 @@ def scored(prompt: Prompt, sample: Sample, policy: Policy, cfg: Config) -> Score
         max_tokens=cfg.rollout.max_tokens,
         overlong_tokens=cfg.rollout.overlong_tokens,
     )
+
+
+def judge_of(cfg: Config, name: str) -> rewards.judge.Server | None:
+    """Returns who judges, with this process's journal of that name in run.dir; None: nobody."""
+    if "judge" not in cfg.rewards:
+        return None
+    place = f"_{processes.index()}" if processes.index() else ""
+    return rewards.judge.Server(chat=cfg.judge, journal=Path(cfg.run.dir) / f"{name}{place}.jsonl")
 
 
 def batches(asked: Sequence[Prompt]) -> Iterator[list[Prompt]]:

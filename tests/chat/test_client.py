@@ -52,7 +52,15 @@ def lines(path):
 
 def test_replies_stand_in_the_order_asked_and_are_paid_for_once(tmp_path):
     words = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
-    with ChatServer(numbered) as server:
+    second = threading.Event()
+
+    def answer(asked):
+        if asked.number == 2:
+            second.set()
+        assert second.wait(60), "the second request waits for the reply to the first"
+        return numbered(asked)
+
+    with ChatServer(answer) as server:
         for _ in range(2):
             replies = chat.ask(
                 [request(word, schema=SCHEMA) for word in words],
@@ -262,6 +270,7 @@ def test_the_key_is_sent_and_stands_nowhere(tmp_path, capfd):
 
 def test_a_server_elsewhere_needs_a_key_and_one_here_does_not(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # finds no server of this machine
     far = chat.ChatConfig(base_url="https://models.example/v1", model="any")
     with pytest.raises(ValueError, match=r"wants a key: set .* OPENAI_API_KEY"):
         chat.ask([request("a")], far, journal=None)
@@ -277,6 +286,10 @@ def test_no_server_is_a_failure_that_says_so():
     cfg = chat.ChatConfig(base_url="http://127.0.0.1:9/v1", model="any", max_tries=2)
     (failure,) = chat.ask([request("a")], cfg, journal=None)
     assert not failure.reached and "http://127.0.0.1:9/v1" in failure.reason
+    with pytest.raises(
+        OSError, match=r"127\.0\.0\.1:9/v1 was not reached for 32 requests in a row"
+    ):
+        chat.ask([request(i) for i in range(1000)], cfg, journal=None)
 
 
 @pytest.mark.parametrize(

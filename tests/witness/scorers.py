@@ -345,7 +345,9 @@ def main() -> None:
         "video_mme_subtitles": video_mme_subtitles(),
         "longvideobench_subtitles": longvideobench_subtitles(),
     }
-    Path(__file__).with_suffix(".json").write_text(json.dumps(made, indent=0) + "\n")
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in made.items()]
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    Path(__file__).with_suffix(".json").write_text(text)
 
 
 if __name__ == "__main__":
