@@ -413,9 +413,11 @@ def _mode_table(tree: folders.Row, part: str) -> Table:
     rows = []
     for kind in _kinds(modes):
         cells: list[Cell] = []
+        first = math.nan
         for mode in modes:
             score = _score(modes, mode, kind, part)
-            n = score["n"] if mode == next(iter(modes)) else math.nan  # once a row is enough
+            n = math.nan if score["n"] == first else score["n"]  # once a row is enough
+            first = score["n"] if math.isnan(first) else first
             ends = score["low"], score["high"]
             cells.append(_value_cell(score["mean"], *ends, share=share, count=n))
         for by_kind in baselines.values():
@@ -455,5 +457,11 @@ def _note(tree: folders.Row) -> str:
     sentences = [", ".join(words), "Bars: 95 % intervals"]
     if tree.get("complete") is False:
         sentences.insert(1, "Unfinished: the same command goes on")
+    for part, score in _dict(tree.get("shuffled_minus_greedy")).items():
+        mean, low, high = (
+            100 * folders.number(_dict(score).get(key)) for key in ("mean", "low", "high")
+        )
+        words = f"{part}, options shuffled minus greedy on the same questions: {mean:+.1f} pts"
+        sentences.append(words + (f" ({low:+.0f} to {high:+.0f})" if low < high else ""))
     sentences += [f"No {mode}: {why}" for mode, why in _dict(tree.get("skipped")).items()]
     return ". ".join(sentences) + "."
