@@ -96,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unfinished:
         try:
             run_all(todo, found)
+            (out / "error.txt").unlink(missing_ok=True)  # of an attempt that failed
         except (ValueError, OSError) as error:
             sys.exit(f"longrl_jax.evaluate: {error}\n({_keep_trace(out)})")
         finally:

@@ -123,11 +123,10 @@ def draw(
     return kept, samples
 
 
-def progress(name: str, num_questions: int, *, done: int = 0) -> tqdm:
+def progress(name: str, num_questions: int) -> tqdm:
     """Returns a bar over questions, shown by the first process."""
     return tqdm(
         total=num_questions,
-        initial=done,
         desc=name,
         unit="question",
         leave=False,
