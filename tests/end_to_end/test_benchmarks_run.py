@@ -167,7 +167,8 @@ def test_every_benchmark_is_asked_and_scored(configured, sets, tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, env=alone)
         assert done.returncode == 0, done.stderr[-3000:]
         assert server.most_paid == 1
-    assert "vnbench: 2 questions" in done.stdout
+    for name in FILMS:
+        assert f", {name}: " in done.stdout, name
     for name in FILMS:
         found = json.loads((out / name / "scores.json").read_text())
         assert found["complete"] and found["refused"] == 0, name

@@ -58,6 +58,7 @@ def load(sets, folder, *overrides):
         f"run.dir={folder}",
         "mesh={data: 2, simulated: true}",
         f"batch={{groups: {GROUPS}, max_row_tokens: 512, smallest_bucket: 64}}",
+        "optimizer={learning_rate: 1e-3}",
         f"run.num_steps={NUM_STEPS}",
         *overrides,
     ]
@@ -99,11 +100,11 @@ def test_a_run_on_three_sources_trains_on_each_and_says_so(sets, tmp_path, capsy
 
 @pytest.mark.slow
 def test_a_mixed_run_that_goes_on_is_the_unbroken_one(sets, tmp_path):
-    constant = ["optimizer={learning_rate: 1e-3}", f"store.path={tmp_path / 'store'}"]
+    store = f"store.path={tmp_path / 'store'}"
     runs = {}
     for name, ends in {"unbroken": [NUM_STEPS], "resumed": [1, NUM_STEPS]}.items():
         for end in ends:
-            cfg = load(sets, tmp_path / name, *constant, f"run.num_steps={end}")
+            cfg = load(sets, tmp_path / name, store, f"run.num_steps={end}")
             path = tmp_path / f"{name}.yaml"
             path.write_text(config.to_yaml(cfg))
             train.main([str(path)])
