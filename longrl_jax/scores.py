@@ -176,7 +176,8 @@ def gains(
     to, each by id with its answers; {} without any."""
     a, b = (_question_means(answers, part) for answers in (ours, theirs))
     films = {name: _cluster(rows[0]) for name, rows in ours.items()}
-    both = [(name, ours[name][0]["kind"], {}) for name in a if name in b]
+    no_tags: dict[str, str] = {}
+    both = [(name, ours[name][0]["kind"], no_tags) for name in a if name in b]
     return {
         kind: paired_difference({n: a[n] for n in names}, {n: b[n] for n in names}, films)
         for kind, names in _grouped(both, ()).items()

@@ -461,7 +461,7 @@ def _note(tree: folders.Row) -> str:
         mean, low, high = (
             100 * folders.number(_dict(score).get(key)) for key in ("mean", "low", "high")
         )
-        words = f"{part}, options shuffled minus greedy on the same questions: {mean:+.1f} pts"
-        sentences.append(words + (f" ({low:+.0f} to {high:+.0f})" if low < high else ""))
+        said = f"{part}, options shuffled minus greedy on the same questions: {mean:+.1f} pts"
+        sentences.append(said + (f" ({low:+.0f} to {high:+.0f})" if low < high else ""))
     sentences += [f"No {mode}: {why}" for mode, why in _dict(tree.get("skipped")).items()]
     return ". ".join(sentences) + "."
