@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import re
 import types
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -80,6 +82,17 @@ def _check_lora(model: "ModelConfig") -> None:
         )
 
 
+def _check_mix(data: "DataConfig") -> None:
+    names = [part.name for part in data.mix]
+    if len(set(names)) < len(names):
+        raise ValueError(f"data.mix names {names}: every name must be another")
+    if data.mix and data.train != DataConfig.train:
+        raise ValueError(
+            f"data.train={data.train!r} and data.mix both say what is trained on; take data.train "
+            "out, and make it an entry of data.mix"
+        )
+
+
 def _check_timestamp(text: str) -> None:
     try:
         good = not text or text.format(t=1.0) != text.format(t=1000.0)
@@ -141,6 +154,35 @@ class ModelConfig:
         return (*self.frozen, "text") if self.lora_rank else self.frozen
 
 
+TEMPLATES = ("think", "direct", "boxed")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixConfig:
+    """One of several sources of training records."""
+
+    name: str
+    """Of its counts in the metrics, data/<name>; letters, digits, and - _ between them."""
+    file: str
+    """File of records, under data.root (and `root` here)."""
+    source: str = "longvideo_reason"
+    """Format of the records: a name in longrl_jax.data.SOURCES."""
+    weight: float = 1.0
+    """Its share of the records of a run is weight / the sum of all weights."""
+    root: str = ""
+    """Folder under data.root that the file and its media lie under; empty: data.root itself."""
+    template: str = ""
+    """How its questions are put; empty: data.template."""
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[A-Za-z0-9]+(?:[-_][A-Za-z0-9]+)*", self.name):
+            raise ValueError(f"data.mix: name={self.name!r} must be letters, digits, - and _")
+        _filled(f"data.mix: file of {self.name}", self.file)
+        _positive(f"data.mix: weight of {self.name}", self.weight)
+        if self.template:
+            _one_of(f"data.mix: template of {self.name}", self.template, TEMPLATES)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which questions are read, and how their videos are sampled."""
@@ -153,9 +195,20 @@ class DataConfig:
     """File of held-out records, under root; empty: no evaluation."""
     source: str = "longvideo_reason"
     """Format of the records: a name in longrl_jax.data.SOURCES."""
+    mix: tuple[MixConfig, ...] = ()
+    """Several sources of training records, mixed by weight, in place of data.train; source and
+    template then are those of data.validation."""
     template: str = "think"
     """How a question is put to the model: think (reasoning, then an answer in tags), direct (the
     answer alone) or boxed (reasoning, then an answer in \\boxed{}, for the reward math_answer)."""
+    wording: str = "plain"
+    """Words around the question: plain, choice or short (longrl_jax.data.wording)."""
+    template_file: str = ""
+    """Jinja2 template in place of `wording`, relative to the folder of the config; it says
+    {{ question }} and perhaps {{ options }}, {{ subtitles }}, {{ instruction }}, {{ thinking }}."""
+    subtitles: str = ""
+    """Where the film's subtitles stand, if it has any: above (the question; those on the screen at
+    the sampled times) or between (the frames); empty: nowhere."""
     num_frames: int = 0
     """Frames of a video when fps is 0; the most frames of a video when fps is set. 0: as
     num_video_frames in the config.json of model.path (VILA), with its fps where fps is 0 here; 16
@@ -192,7 +245,9 @@ class DataConfig:
         _filled("data.root", self.root)
         _filled("data.train", self.train)
         _one_of("data.decoder", self.decoder, ("pyav", "decord"))
-        _one_of("data.template", self.template, ("think", "direct", "boxed"))
+        _one_of("data.template", self.template, TEMPLATES)
+        _one_of("data.subtitles", self.subtitles, ("", "above", "between"))
+        _check_mix(self)
         for name in ("num_frames", "frame_pool"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be 0 or more")
@@ -471,6 +526,49 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """A model behind an OpenAI-compatible server, and how it may be asked."""
+
+    base_url: str = ""
+    """Of the server, e.g. https://api.openai.com/v1 or http://localhost:8000/v1 (vllm serve)."""
+    model: str = ""
+    """Its name there. Replies are kept by it: another model under the same name is not noticed."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable with the key; a server of this machine needs none. Empty: no key."""
+    concurrency: int = 8
+    """Requests at a time."""
+    requests_per_minute: float = 0.0
+    """Most requests a minute, evenly spread, tries counted; 0: no limit."""
+    timeout_s: float = 120.0
+    """Longest time for one try."""
+    max_tries: int = 5
+    """Most times that one request is sent: after 429, 500, 502, 503, 504, a connection that breaks,
+    a time-out, and a reply that will not do (which is paid for)."""
+    usd_per_million_prompt_tokens: float = 0.0
+    """Price, for the cost that is shown."""
+    usd_per_million_completion_tokens: float = 0.0
+
+    def __post_init__(self):
+        url = urllib.parse.urlsplit(self.base_url)
+        if self.base_url and (url.scheme not in ("http", "https") or not url.hostname):
+            raise ValueError(f"base_url={self.base_url!r} must begin with http:// or https://")
+        if url.username or url.password or url.query or url.fragment:
+            raise ValueError(
+                f"base_url of {url.hostname} holds more than an address (a user, a key, a query); "
+                "put the key into the environment variable that api_key_env names"
+            )
+        for name in ("concurrency", "timeout_s", "max_tries"):
+            _positive(name, getattr(self, name))
+        for name in (
+            "requests_per_minute",
+            "usd_per_million_prompt_tokens",
+            "usd_per_million_completion_tokens",
+        ):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StoreConfig:
     """Where the embeddings of videos are kept between steps and runs."""
 
@@ -539,7 +637,10 @@ class Config:
     batch: BatchConfig = BatchConfig()
     rollout: RolloutConfig = RolloutConfig()
     rewards: dict[str, float] = dataclasses.field(default_factory=lambda: {"video_qa": 1.0})
-    """Weight of every reward, by its name in longrl_jax.rewards.REWARDS."""
+    """Weight of every reward, by its name in longrl_jax.rewards.REWARDS (docs/rewards.md), or a
+    function of your own, my_package.my_module:my_function, which is imported and run."""
+    judge: ChatConfig = ChatConfig()
+    """Who judges answers for the reward `judge`."""
     algorithm: AlgorithmConfig = AlgorithmConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     store: StoreConfig = StoreConfig()
@@ -584,6 +685,12 @@ class Config:
             )
         if not self.rewards:
             raise ValueError("rewards is empty; name at least one, e.g. rewards: {video_qa: 1.0}")
+        if "judge" in self.rewards and not (self.judge.base_url and self.judge.model):
+            raise ValueError(
+                f"rewards.judge needs a model that judges: judge.base_url={self.judge.base_url!r} "
+                f"and judge.model={self.judge.model!r} must name an OpenAI-compatible server, e.g. "
+                "http://localhost:8000/v1, and one of its models"
+            )
         if "overlong" in self.rewards and not self.rollout.overlong_tokens:
             raise ValueError(
                 "rewards.overlong needs rollout.overlong_tokens, the length over which it falls"
@@ -621,7 +728,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     tree = strict_yaml.read(path)
     for item in overrides:
         strict_yaml.override(tree, item)
-    return _with_frames(records.build(Config, tree))
+    cfg = _with_frames(records.build(Config, tree))
+    if not cfg.data.template_file:
+        return cfg
+    template = str(Path(path).absolute().parent / cfg.data.template_file)
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, template_file=template))
 
 
 def _with_frames(cfg: Config) -> Config:
@@ -648,6 +759,7 @@ def to_yaml(config: Config) -> str:
     tree = dataclasses.asdict(config)
     for name in ("frozen", "lora_targets"):
         tree["model"][name] = list(tree["model"][name])
+    tree["data"]["mix"] = list(tree["data"]["mix"])
     return strict_yaml.dump(tree)
 
 

@@ -51,6 +51,11 @@ def describe(cls: type) -> list[str]:
     lines = _describe_fields(classes[cls.__name__], "", leave_out=tuple(sections))
     for name, section in sections.items():
         lines += _describe_fields(classes[section], f"{name}.")
+        for inner, hint in typing.get_type_hints(hints[name]).items():
+            (item, *_) = typing.get_args(hint) or (None,)
+            if typing.get_origin(hint) is tuple and dataclasses.is_dataclass(item):
+                prefix = f"{name}.{inner}[]."
+                lines += _describe_fields(classes[item.__name__], prefix)  # type: ignore[union-attr]
     return lines
 
 
@@ -78,6 +83,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         item = typing.get_args(hint)[0]
         if not isinstance(value, list):
             raise ValueError(f"{where} wants a list, got {value!r}")
+        if dataclasses.is_dataclass(item):
+            return tuple(_value(item, x, f"{where}[{i}]") for i, x in enumerate(value))
         return tuple(_value(item, x, where) for x in value)
     if origin is dict:
         item = typing.get_args(hint)[1]

@@ -12,13 +12,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from scipy import special
 
 from longrl_jax.types import Example
 
+X = TypeVar("X")
 CONFIDENCE = 0.95
 Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 ALL = "all"
@@ -26,22 +27,54 @@ ALL = "all"
 CORRECT = "accuracy"
 """Last word of the reward parts that pass@R is reported for."""
 
+PASS, EVERY = "pass", "all"
+"""Of several answers to a question: at least one is right (pass@R), every one is (all@R)."""
+
 Row = dict[str, Any]
-"""One judged answer: id, kind, video, reward (parts by name, None: could not be judged), ..."""
+"""One judged answer: id, kind, video, reward (parts by name, None: could not be judged), and
+perhaps tags, and scores (verdicts of a benchmark's scorers by name, None likewise)."""
 Score = dict[str, float | None]
 """mean, low, high (None: one question has no interval) and n, the number of questions."""
 
 
-def summary(questions: Sequence[Sequence[Row]]) -> dict[str, dict[str, Score]]:
-    """Returns {"all" or kind: {reward part: Score}} of the judged answers to each question.
+def summary(
+    questions: Sequence[Sequence[Row]], *, report_by: Sequence[str] = (), several: str = PASS
+) -> dict[str, dict[str, Score]]:
+    """Returns {"all", kind or "tag: value": {part: Score}} of the judged answers to each question.
 
-    With several answers to a question, "<part>/pass@R" of an accuracy is the share of questions
-    with at least one right answer among R, where the part itself is their mean (mean@R).
+    report_by: the tags. With several answers to a question, "<part>/pass@R" of an accuracy is the
+    share of questions with at least one right answer among R (several="all": "<part>/all@R", with
+    every answer right), where the part itself is their mean (mean@R).
     """
-    kinds: dict[str, list[Sequence[Row]]] = {ALL: list(questions)}
-    for rows in questions:
-        kinds.setdefault(kind_name(rows[0]["kind"]), []).append(rows)
-    return {kind: _parts(kinds[kind]) for kind in (ALL, *sorted(set(kinds) - {ALL}))}
+    rows = [(rows, rows[0]["kind"], rows[0].get("tags", {})) for rows in questions]
+    return {
+        name: _parts(chosen, several)
+        for name, chosen in _grouped(rows, report_by).items()
+        if chosen
+    }
+
+
+def verdicts(row: Row) -> dict[str, float]:
+    """Returns the parts of a judged answer: "<scorer>/accuracy" of a benchmark's scorers, then
+    those of its rewards. What could not be judged is missing."""
+    said = {f"{name}/{CORRECT}": value for name, value in row.get("scores", {}).items()}
+    said |= row["reward"] or {}
+    return {part: float(value) for part, value in said.items() if value is not None}
+
+
+def unjudged(questions: Sequence[Sequence[Row]]) -> dict[str, int]:
+    """Returns how many answers a scorer, or the rewards, could not judge, where there are any."""
+    counts: dict[str, int] = defaultdict(int)
+    for row in (row for rows in questions for row in rows):
+        missing = [name for name, value in row.get("scores", {}).items() if value is None]
+        for name in missing + ["rewards"] * (row["reward"] is None):
+            counts[name] += 1
+    return dict(counts)
+
+
+def is_right(part: str) -> bool:
+    """Whether a part says if an answer is right: kinds and baselines are shown for it."""
+    return part.rpartition("/")[2] == CORRECT
 
 
 def kind_name(kind: str) -> str:
@@ -98,10 +131,7 @@ def paired_difference(
     """
     only = sorted(set(a) ^ set(b))
     if only or not a:
-        raise ValueError(
-            f"{len(a)} and {len(b)} questions are not the same ones ({len(only)} in one alone, "
-            f"e.g. {only[:1]}); evaluate both on the same file with the same number of examples"
-        )
+        raise ValueError(_not_the_same(len(a), len(b), only))
     names = sorted(a)
     values = np.array([a[name] - b[name] for name in names])
     about = [clusters[name] for name in names] if clusters else []
@@ -118,7 +148,8 @@ def paired_difference(
 def difference(after: Path | str, before: Path | str, *, mode: str, part: str) -> dict[str, Score]:
     """Returns {"all" or kind: paired difference} of two folders of `python -m longrl_jax.evaluate`.
 
-    mode: greedy, sampled, no_video or other_video; part: a reward part, e.g. video_qa/accuracy.
+    mode: e.g. greedy; part: of the rewards or a benchmark's scorers, e.g. video_qa/accuracy or
+    official/accuracy.
     """
     ours, theirs = read_answers(after, mode), read_answers(before, mode)
     wanted = [{name: rows[0].get("answer") for name, rows in x.items()} for x in (ours, theirs)]
@@ -128,48 +159,60 @@ def difference(after: Path | str, before: Path | str, *, mode: str, part: str) -
             f"{after} and {before} know other answers to {len(other)} questions, e.g. "
             f"{other[0]!r}: their data sets differ; evaluate both on the same one"
         )
+    only = sorted(set(ours) ^ set(theirs))
+    if only:
+        raise ValueError(_not_the_same(len(ours), len(theirs), only))
+    found = gains(ours, theirs, part)
+    if not found:
+        known = {name: None for rows in ours.values() for name in verdicts(rows[0])}
+        raise ValueError(f"{part!r} is no part of the scores; choose of {sorted(known)}")
+    return found
+
+
+def gains(
+    ours: Mapping[str, Sequence[Row]], theirs: Mapping[str, Sequence[Row]], part: str
+) -> dict[str, Score]:
+    """Returns {"all" or kind: paired difference} over the questions that both have judged answers
+    to, each by id with its answers; {} without any."""
     a, b = (_question_means(answers, part) for answers in (ours, theirs))
-    kinds: dict[str, list[str]] = {ALL: list(ours)}
-    for name, rows in ours.items():
-        kinds.setdefault(kind_name(rows[0]["kind"]), []).append(name)
     films = {name: _cluster(rows[0]) for name, rows in ours.items()}
-    result = {}
-    for kind, names in kinds.items():
-        theirs_of_kind = b if kind == ALL else {n: b[n] for n in names if n in b}
-        ours_of_kind = {n: a[n] for n in names if n in a}
-        result[kind] = paired_difference(ours_of_kind, theirs_of_kind, films)
-    return result
+    no_tags: dict[str, str] = {}
+    both = [(name, ours[name][0]["kind"], no_tags) for name in a if name in b]
+    return {
+        kind: paired_difference({n: a[n] for n in names}, {n: b[n] for n in names}, films)
+        for kind, names in _grouped(both, ()).items()
+        if names
+    }
 
 
 def read_answers(folder: Path | str, mode: str) -> dict[str, list[Row]]:
-    """Returns {question id: its answers} of one mode from folder/answers.jsonl."""
-    path = Path(folder) / "answers.jsonl"
+    """Returns {question id: its answers} of one mode from folder/answers/<mode>.jsonl."""
+    path = Path(folder) / "answers" / f"{mode}.jsonl"
     if not path.is_file():
         raise ValueError(f"there is no {path}; python -m longrl_jax.evaluate writes it")
     found: dict[str, list[Row]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        if row["mode"] == mode:
-            rows = found.setdefault(row["id"], [])
-            if row["sample"] != len(rows):
-                raise ValueError(f"two questions of {path} have the id {row['id']!r}; rename one")
-            rows.append(row)
+        rows = found.setdefault(row["id"], [])
+        if row["sample"] != len(rows):
+            raise ValueError(f"two questions of {path} have the id {row['id']!r}; rename one")
+        rows.append(row)
     if not found:
-        raise ValueError(f"{path} holds no answers of the mode {mode!r}")
+        raise ValueError(f"{path} holds no answers")
     return found
 
 
-def one_letter(examples: Sequence[Example]) -> dict[str, Any]:
+def one_letter(examples: Sequence[Example], report_by: Sequence[str] = ()) -> dict[str, Any]:
     """Returns what the best constant letter scores on multiple-choice questions, as {"all" or kind:
     {letter, mean, low, high, n, shares}}; {} without such questions.
 
     shares: of every letter. A kind's letter is its own best, which may be another one than overall.
     """
-    choices = _by_kind([e for e in examples if re.fullmatch("[A-Z]", e.answer)])
+    choices = _by_kind([e for e in examples if re.fullmatch("[A-Z]", e.answer)], report_by)
     return {kind: _best_letter(chosen) for kind, chosen in choices.items()}
 
 
-def one_answer(examples: Sequence[Example]) -> dict[str, Any]:
+def one_answer(examples: Sequence[Example], report_by: Sequence[str] = ()) -> dict[str, Any]:
     """Returns what the most frequent answer of each kind scores, free answers too, {"all" or kind:
     {mean, low, high, n}}: what a policy knows that has learned the answers, but not to look."""
     right = []
@@ -177,29 +220,35 @@ def one_answer(examples: Sequence[Example]) -> dict[str, Any]:
         answers = [e.answer for e in chosen]
         best = max(sorted(set(answers)), key=answers.count)
         right += [(e, [float(e.answer == best)]) for e in chosen]
-    kinds = {ALL: right} if right else {}
-    for example, value in right:
-        kinds.setdefault(kind_name(example.kind), []).append((example, value))
+    kinds = _grouped([(pair, pair[0].kind, dict(pair[0].tags)) for pair in right], report_by)
     return {
         kind: dict(interval([v for _, v in pairs], _films(e for e, _ in pairs)))
         for kind, pairs in kinds.items()
+        if pairs
     }
 
 
-def chance(examples: Sequence[Example]) -> dict[str, Any]:
+def chance(
+    examples: Sequence[Example], report_by: Sequence[str] = (), rotations: int = 1
+) -> dict[str, Any]:
     """Returns what guessing among the options scores, {"all" or kind: {mean, n}}.
 
-    Only questions that list their options as capital letters from A on are counted.
+    Only questions that list their options as capital letters from A on are counted. rotations: how
+    many examples are one question, right only if all are.
     """
     choices = _by_kind(
         [
             e
             for e in examples
             if re.fullmatch("[A-Z]", e.answer) and ord(e.answer) - ord("A") < num_options(e)
-        ]
+        ],
+        report_by,
     )
     return {
-        kind: {"mean": float(np.mean([1 / num_options(e) for e in chosen])), "n": len(chosen)}
+        kind: {
+            "mean": float(np.mean([num_options(e) ** -float(rotations) for e in chosen])),
+            "n": len(chosen) // rotations,
+        }
         for kind, chosen in choices.items()
     }
 
@@ -213,17 +262,21 @@ def num_options(example: Example) -> int:
     return count if count > 1 else 0  # "A" alone is an article
 
 
-def _parts(questions: Sequence[Sequence[Row]]) -> dict[str, Score]:
-    """The Score of every reward part over these questions."""
+def _parts(questions: Sequence[Sequence[Row]], several: str) -> dict[str, Score]:
+    """The Score of every part over these questions."""
     values: dict[str, list[tuple[list[float], str]]] = defaultdict(list)
     num_samples = max(len(rows) for rows in questions)
+    chosen = {PASS: max, EVERY: min}[several]
     for rows in questions:
-        judged = [row["reward"] for row in rows if row["reward"] is not None]
-        for part in judged[0] if judged else ():
-            drawn = [float(parts[part]) for parts in judged]
+        judged: dict[str, list[float]] = defaultdict(list)
+        for row in rows:
+            for part, value in verdicts(row).items():
+                judged[part].append(value)
+        for part, drawn in judged.items():
             values[part].append((drawn, _cluster(rows[0])))
-            if num_samples > 1 and part.rpartition("/")[2] == CORRECT:
-                values[f"{part}/pass@{num_samples}"].append(([max(drawn)], _cluster(rows[0])))
+            if num_samples > 1 and is_right(part):
+                name = f"{part}/{several}@{num_samples}"
+                values[name].append(([chosen(drawn)], _cluster(rows[0])))
     return {
         part: interval([drawn for drawn, _ in pairs], [film for _, film in pairs])
         for part, pairs in sorted(values.items())
@@ -256,24 +309,44 @@ def _variance(values: np.ndarray, clusters: Sequence[str], *, ddof: int) -> floa
     return max(single, shared)
 
 
-def _question_means(answers: Mapping[str, list[Row]], part: str) -> dict[str, float]:
-    means = {}
-    for name, rows in answers.items():
-        judged = [row["reward"] for row in rows if row["reward"] is not None]
-        if judged and part not in judged[0]:
-            raise ValueError(f"{part!r} is no part of the rewards; choose of {sorted(judged[0])}")
-        if judged:
-            means[name] = float(np.mean([parts[part] for parts in judged]))
-    return means
+def _not_the_same(ours: int, theirs: int, only: Sequence[str]) -> str:
+    return (
+        f"{ours} and {theirs} questions are not the same ones ({len(only)} in one alone, e.g. "
+        f"{only[:1]}); evaluate both on the same file with the same number of examples"
+    )
 
 
-def _by_kind(examples: Sequence[Example]) -> dict[str, list[Example]]:
-    if not examples:
-        return {}
-    kinds: dict[str, list[Example]] = {ALL: list(examples)}
-    for example in examples:
-        kinds.setdefault(kind_name(example.kind), []).append(example)
-    return {kind: kinds[kind] for kind in (ALL, *sorted(set(kinds) - {ALL}))}
+def _question_means(answers: Mapping[str, Sequence[Row]], part: str) -> dict[str, float]:
+    """Returns the mean of a part over the answers to each question that has a judged one."""
+    judged = {name: [verdicts(row) for row in rows] for name, rows in answers.items()}
+    values = {name: [v[part] for v in rows if part in v] for name, rows in judged.items()}
+    return {name: float(np.mean(drawn)) for name, drawn in values.items() if drawn}
+
+
+def _by_kind(
+    examples: Sequence[Example], report_by: Sequence[str] = ()
+) -> dict[str, list[Example]]:
+    groups = _grouped([(e, e.kind, dict(e.tags)) for e in examples], report_by)
+    return {name: chosen for name, chosen in groups.items() if chosen}
+
+
+def _grouped(
+    records: Sequence[tuple[X, str, Mapping[str, str]]], report_by: Sequence[str]
+) -> dict[str, list[X]]:
+    """Puts (record, kind, tags) under "all", its kind, and "<tag>: <value>" of every tag asked for.
+
+    Kinds come in order, values of a tag as they come in the data.
+    """
+    kinds: dict[str, list[X]] = {}
+    values: dict[str, dict[str, list[X]]] = {tag: {} for tag in report_by}
+    for record, kind, tags in records:
+        kinds.setdefault(kind_name(kind), []).append(record)
+        for tag in report_by:
+            if tag in tags:
+                values[tag].setdefault(f"{tag}: {tags[tag]}", []).append(record)
+    groups = {ALL: [record for record, _, _ in records]}
+    groups |= {name: kinds[name] for name in sorted(kinds)}
+    return groups | {name: rows for of_tag in values.values() for name, rows in of_tag.items()}
 
 
 def _best_letter(chosen: Sequence[Example]) -> dict[str, Any]:

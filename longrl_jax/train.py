@@ -23,6 +23,8 @@ The run folder (run.dir) holds
                             frames decoded and encoded (0: the store held all videos)
   tensorboard/              the same numbers: tensorboard --logdir RUN/tensorboard
   rollouts.jsonl            every answer that was learned from, with its reward and advantage (grpo)
+  judge.jsonl               verdicts of the reward judge, each paid for once (judge_1.jsonl: process
+                            1 of several; judge_evaluation.jsonl: those of evaluations)
   refused.jsonl             records that could not be used, with reasons
   evaluation.json           the last scores on data.validation (evaluations.jsonl: all of them,
                             evaluation_answers.jsonl: every answer of the last)
@@ -198,16 +200,22 @@ def _keep_trace(path: Path) -> str:
 
 def check_names(cfg: config.Config) -> None:
     """Raises ValueError for a name in the config that no table knows, before anything is loaded."""
-    from longrl_jax import advantages, data, losses, metrics, rewards
+    from longrl_jax import advantages, chat, data, losses, metrics, rewards
+    from longrl_jax.data import wording
 
+    wording.check(cfg.data.wording, cfg.data.template_file)
     metrics.check_wandb(cfg.run.wandb)
     config.pick(data.SOURCES, cfg.data.source, "data.source")
+    for part in cfg.data.mix:
+        config.pick(data.SOURCES, part.source, f"data.mix: source of {part.name}")
     config.pick(advantages.ADVANTAGES, cfg.algorithm.advantage, "algorithm.advantage")
     config.pick(losses.LOSSES, cfg.algorithm.loss, "algorithm.loss")
     config.pick(losses.MEANS, cfg.algorithm.loss_mean, "algorithm.loss_mean")
     config.pick(losses.KL_ESTIMATORS, cfg.algorithm.kl_estimator, "algorithm.kl_estimator")
     for name in cfg.rewards:
-        config.pick(rewards.REWARDS, name, "rewards")
+        rewards.named(name)
+    if "judge" in cfg.rewards:
+        chat.check(cfg.judge)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -52,6 +52,8 @@ class Example:
     """(name, value) of what results are reported by beside `kind`, e.g. ("duration", "long")."""
     subtitles: str = ""
     """Path, under data.root, of the film's subtitles; empty: none are known."""
+    source: str = ""
+    """Name of the entry of data.mix that it comes from; empty: of the only source."""
 
     @property
     def about(self) -> str:

@@ -32,7 +32,9 @@ def test_overrides_win_and_numbers_are_numbers(path):
 
 
 def test_the_resolved_config_is_a_config(path, tmp_path):
-    cfg = config.load(path, ["rewards={video_qa: 0.5}"])
+    judge = "judge={base_url: 'http://localhost:8000/v1', model: m}"
+    cfg = config.load(path, ["rewards={judge: 0.5, my_package.rewards:mine: 1.0}", judge])
+    assert cfg.rewards == {"judge": 0.5, "my_package.rewards:mine": 1.0}
     (tmp_path / "resolved.yaml").write_text(config.to_yaml(cfg))
     assert config.load(tmp_path / "resolved.yaml") == cfg
 
@@ -93,6 +95,9 @@ def test_the_resolved_config_is_a_config(path, tmp_path):
         ("algorithm.kl_in=both", "algorithm.kl_in='both' is unknown; choose one of loss, reward"),
         ("algorithm.max_tries=0", "algorithm.max_tries=0 must be positive"),
         ("rollout.overlong_tokens=65", "must be 0 to rollout.max_tokens=64"),
+        ("rewards={judge: 1.0}", "rewards.judge needs a model that judges: judge.base_url=''"),
+        ("judge={base_url: 'http://me:key@x/v1', model: m}", "holds more than an address"),
+        ("judge.timeout_s=0", "timeout_s=0.0 must be positive"),
         ("rewards={overlong: 1.0}", "rewards.overlong needs rollout.overlong_tokens"),
         ("data.num_frames=9000", "over 8192"),
         ("data.timestamp=now", r"data.timestamp='now' must hold \{t\}, the time in seconds"),

@@ -137,7 +137,9 @@ def write_scores(folder, checkpoint, *, right):
         for kind in KINDS
         for i in range(4)
     ]
-    lines(folder / "answers.jsonl", answers)
+    (folder / "answers").mkdir()
+    for mode in ("greedy", "sampled"):
+        lines(folder / "answers" / f"{mode}.jsonl", [a for a in answers if a["mode"] == mode])
 
 
 def rollout_rows(rng, step, evil):
@@ -295,6 +297,57 @@ def test_a_start_is_the_before_only_on_the_same_questions(tmp_path, data_root):
         write_run(run, data_root, model={"path": str(start / "export")})
         lines(run / "evaluations.jsonl", [evaluation_row(24, 24) | {"questions": questions}])
         assert bool(folders.read(run).start_evaluation) == found
+
+
+def sweep(points):
+    """sweep.json of (line, frames, share right)."""
+    score = {"low": None, "high": None, "n": 8}
+    return {
+        "checkpoint": "x",
+        "points": [
+            {"line": line, "frames": frames, "part": "official/accuracy", "questions": 8}
+            | {"scores": {"official/accuracy": score | {"mean": mean}}}
+            | {"baselines": {"chance": {"mean": 0.25, "n": 8}}}
+            for line, frames, mean in points
+        ],
+    }
+
+
+def test_a_sweep_is_drawn_over_doubling_frames(tmp_path, data_root):
+    run = write_run(tmp_path / "run", data_root)
+    points = [(EVIL, 16, 0.3), (EVIL, 32, 0.6), (EVIL, 64, 0.5), ("direct", 16, 0.2)]
+    (run / "evaluate" / "frames").mkdir()
+    path = run / "evaluate" / "frames" / "sweep.json"
+    path.write_text(json.dumps(sweep(points)))
+    page = report.write(run).read_text()
+    assert "Scores by number of frames" in page and EVIL not in page
+    drawn = re.search(r'aria-label="official/accuracy by frames".*?</svg>', page, re.DOTALL)[0]
+    dots = [(float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawn)]
+    assert len(dots) == 4
+    assert dots[1][0] - dots[0][0] == pytest.approx(dots[2][0] - dots[1][0], abs=0.2)  # log axis
+    assert dots[1][1] < dots[2][1] < dots[0][1] < dots[3][1]  # higher scores stand higher
+    assert all(f">{frames}<" in drawn for frames in (16, 32, 64)) and 'class="rule"' in drawn
+    assert "chance 25.0 %" in page
+    path.write_text(json.dumps(sweep(points)).replace('"frames": 16', '"frames": 0'))
+    page = report.write(run).read_text()
+    assert "Scores by number of frames" not in page and "frames/sweep.json: ValueError" in page
+
+
+def test_official_and_strict_scores_stand_side_by_side(tmp_path, data_root):
+    run = write_run(tmp_path / "run", data_root)
+    path = run / "evaluate" / "grpo" / "scores.json"
+    tree = json.loads(path.read_text())
+    score = {"mean": 0.875, "low": 0.5, "high": 1.0, "n": 80}
+    for by_kind in tree["modes"].values():
+        by_kind["all"] |= {"official/accuracy": score}
+        by_kind["duration: long"] = {"official/accuracy": score | {"mean": 0.625}}
+    path.write_text(json.dumps(tree))
+    page = report.write(run).read_text()
+    table = re.search(
+        r"<th>official/accuracy</th><th>video_qa/accuracy</th>.*?</table>", page, re.S
+    )[0]
+    assert re.search(r"Greedy</th>\s*<td[^>]*>87.5 %.*?<td[^>]*>75.0 %", table, re.S)
+    assert "62.5 %" in page and page.index(">goal<") < page.index(">duration: long<")
 
 
 def test_trailing_mean_passes_over_gaps():

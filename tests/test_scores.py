@@ -1,5 +1,6 @@
 """Means, intervals and differences of judged answers, against scipy, loops and numbers by hand."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -77,6 +78,52 @@ def test_summary_by_kind_and_pass_at_r():
     assert means["plot", "total"] == (0.5, 2) and ("all", "total/pass@2") not in means
 
 
+def test_scores_by_tag_and_by_scorer_are_those_of_a_loop():
+    rng = np.random.default_rng(3)
+    questions = []
+    for i in range(60):
+        tags = {"duration": ("short", "long")[i % 2]} | ({"task": f"t{i % 3}"} if i > 20 else {})
+        drawn = [
+            row(f"q{i}", float(rng.random() < 0.6), sample=k)
+            | {"tags": tags, "scores": {"official": [0.0, 1.0, None][rng.integers(3)]}}
+            for k in range(3)
+        ]
+        questions.append(drawn)
+    got = scores.summary(questions, report_by=("task", "duration"), several=scores.EVERY)
+    names = ["all", "plot", "task: t0", "task: t1", "task: t2", "duration: short", "duration: long"]
+    assert sorted(got) == sorted(names) and list(got)[:2] == names[:2]
+    for name in names:
+        official, every, right = [], [], []
+        for rows in questions:
+            tag, _, value = name.partition(": ")
+            if value and rows[0]["tags"].get(tag) != value:
+                continue
+            said = [r["scores"]["official"] for r in rows if r["scores"]["official"] is not None]
+            if said:  # a question that nobody judged counts in no score
+                official.append(sum(said) / len(said))
+                every.append(float(all(x == 1 for x in said)))
+            right.append(sum(r["reward"]["video_qa/accuracy"] for r in rows) / 3)
+        for part, want in (
+            ("official/accuracy", official),
+            ("official/accuracy/all@3", every),
+            ("video_qa/accuracy", right),
+        ):
+            assert got[name][part]["n"] == len(want)
+            assert got[name][part]["mean"] == pytest.approx(sum(want) / len(want))
+    missing = sum(r["scores"]["official"] is None for rows in questions for r in rows)
+    assert scores.unjudged(questions) == {"official": missing} and missing > 10
+    questions[0][0]["reward"] = None
+    assert scores.unjudged(questions)["rewards"] == 1
+
+
+def test_gains_are_over_the_questions_that_both_have_judged():
+    ours = {f"q{i}": [row(f"q{i}", float(i > 0))] for i in range(4)}
+    theirs = {f"q{i}": [row(f"q{i}", 0.0 if i < 3 else None)] for i in range(1, 5)}
+    got = scores.gains(ours, theirs, "video_qa/accuracy")  # q1 and q2
+    assert got["all"] == got["plot"] == {"mean": 1.0, "low": None, "high": None, "n": 2}
+    assert scores.gains(ours, theirs, "official/accuracy") == {}
+
+
 def test_paired_difference_is_the_t_interval_of_the_differences():
     rng = np.random.default_rng(1)
     before = rng.integers(0, 2, 40).astype(float)
@@ -97,22 +144,22 @@ def test_paired_difference_is_the_t_interval_of_the_differences():
 
 def test_difference_of_two_folders(tmp_path):
     for name, right in (("sft", [0, 0, 1, 0]), ("grpo", [1, 0, 1, 1])):
-        (tmp_path / name).mkdir()
+        (tmp_path / name / "answers").mkdir(parents=True)
         rows = [
             row(f"q{i}", float(x), kind="goal" if i < 2 else "plot", video=f"{i}.mp4")
             for i, x in enumerate(right)
         ]
-        text = "".join(json.dumps(r) + "\n" for r in [*rows, row("q0", 0.0, mode="sampled")])
-        (tmp_path / name / "answers.jsonl").write_text(text)
+        text = "".join(json.dumps(r) + "\n" for r in rows)
+        (tmp_path / name / "answers" / "greedy.jsonl").write_text(text)
     part = "video_qa/accuracy"
     after, before = tmp_path / "grpo", tmp_path / "sft"
     got = scores.difference(str(after), before, mode="greedy", part=part)
     assert {kind: (s["mean"], s["n"]) for kind, s in got.items()} == {
         "all": (0.5, 4), "goal": (0.5, 2), "plot": (0.5, 2),
     }  # fmt: skip
-    with pytest.raises(ValueError, match="no answers of the mode 'no_video'"):
+    with pytest.raises(ValueError, match=r"there is no .*grpo/answers/no_video\.jsonl"):
         scores.difference(after, before, mode="no_video", part=part)
-    with pytest.raises(ValueError, match="'accuracy' is no part of the rewards; choose of"):
+    with pytest.raises(ValueError, match="'accuracy' is no part of the scores; choose of"):
         scores.difference(after, before, mode="greedy", part="accuracy")
 
 
@@ -131,6 +178,12 @@ def test_one_letter_and_chance():
     assert chance["all"] == {"mean": pytest.approx((3 / 3 + 1 / 4) / 4), "n": 4}
     assert chance["plot"] == {"mean": pytest.approx((1 / 3 + 1 / 4) / 2), "n": 2}
     assert scores.one_letter([free]) == {} == scores.chance([free])
+    long, short = (("duration", "long"),), (("duration", "short"),)
+    tagged = [dataclasses.replace(e, tags=short if i else long) for i, e in enumerate(examples)]
+    got = scores.one_letter(tagged, ("duration",))
+    assert (got["duration: long"]["letter"], got["duration: long"]["mean"]) == ("A", 1.0)
+    assert got["duration: short"]["mean"] == pytest.approx(2 / 3) and got["all"]["mean"] == 0.5
+    assert scores.chance(tagged, ("duration",))["duration: long"]["n"] == 1
     constant = scores.one_answer([*examples, free])
     assert constant["goal"]["mean"] == 0.5 and constant["plot"]["mean"] == pytest.approx(1 / 3)
     assert (constant["all"]["mean"], constant["all"]["n"]) == (pytest.approx(2 / 5), 5)

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import grain
 from absl import flags
 
-from longrl_jax.data.longvideo_reason import RecordError
+from longrl_jax.data import mixing
+from longrl_jax.data.fields import RecordError
 from longrl_jax.types import Example, Prompt
 
 WORKER_BUFFER_STEPS = 2
@@ -53,12 +54,13 @@ def prompts(
     """Yields num_steps lists of `groups` prompts, those after the first first_step steps.
 
     Step s (from 1) is the s-th slice of an endless stream in which every epoch is another order of
-    the source. A record that cannot be read or encoded (ValueError) leaves None in its place, and
-    on_refused is called for it, here, in the order of the steps. workers: processes that read
-    and encode (which must then be picklable); 0: this one. part: places of a step that are read
-    and listed (None: all); others' records are not touched. Close the generator to leave early.
+    the source, or of each source of a mixture. A record that cannot be read or encoded (ValueError)
+    leaves None in its place, and on_refused is called for it, here, in the order of the steps.
+    workers: processes that read and encode (which must then be picklable); 0: this one. part:
+    places of a step that are read and listed (None: all); others' records are not touched. Close
+    the generator to leave early.
     """
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    order = mixing.order(source, seed)
     wanted = order[first_step * groups : (first_step + num_steps) * groups]
     read = _StepReader(_Reader(source, encode), range(groups) if part is None else part)
     steps = wanted.batch(groups, batch_fn=list).map(read)

@@ -11,13 +11,15 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from longrl_jax.config import pick
-from longrl_jax.data import video
+from longrl_jax.data import subtitles, video, wording
+from longrl_jax.data.wording import PLAIN, Words
 from longrl_jax.types import Example, Media, MediaLayout, Prompt, View
 
 INSTRUCTIONS = {
@@ -59,11 +61,22 @@ def load_tokenizer(folder: str | Path) -> Any:
     return tokenizer
 
 
-def user_text(example: Example, template: str) -> str:
-    """Returns the words of the user: the question, then the instruction."""
+def user_text(example: Example, template: str, words: Words = PLAIN, said: str = "") -> str:
+    """Returns the words of the user: subtitles (said), question and instruction."""
+    return _user_text(example, template, words, said)[0]
+
+
+def _user_text(example: Example, template: str, words: Words, said: str = "") -> tuple[str, int]:
+    """Returns the words of the user, and where the question begins in them."""
     instruction = pick(INSTRUCTIONS, template, "data.template")
     watch = any(file.kind == "video" for file in example.media)
-    return f"{example.question}\n{f'{WATCH} ' if watch else ''}{instruction}"
+    return wording.render(
+        words,
+        question=example.question,
+        subtitles=said,
+        instruction=f"{f'{WATCH} ' if watch else ''}{instruction}",
+        thinking=template != "direct",
+    )
 
 
 def target_text(example: Example, template: str) -> str:
@@ -143,39 +156,62 @@ def encode_prompt(
     template: str,
     root: Path,
     timestamp: str = "",
+    words: Words = PLAIN,
 ) -> Prompt:
     """Lays out the tokens of a question; of its media only sizes and lengths are read.
 
     layout: what the backbone makes of media; None: a text-only model. num_frames, fps, decoder,
-    template, root and timestamp are those of DataConfig; paths were checked when the record was
-    read. Raises ValueError (for a bad file video.VideoError) that says why a record cannot be
-    asked.
+    template, root, timestamp and words are those of DataConfig; paths were checked when the record
+    was read. Raises ValueError (for a bad file video.VideoError or subtitles.SubtitleError) that
+    says why a record cannot be asked.
     """
     _refuse_special(example.question, tokenizer, f"the question of record {example.id!r}")
-    asked = user_text(example, template)
     if not example.media:
+        asked = user_text(example, template, words)
         tokens = np.array(_tokens(_chat(asked, tokenizer), tokenizer), np.int32)
         return _prompt(example, tokens, layout)
     if layout is None:
         raise ValueError(
             f"record {example.id!r} asks about {example.about!r}, but the model takes text only"
         )
-    texts = _between_media(example, asked, layout, tokenizer)
     num_images = sum(file.kind == "image" for file in example.media)
-    pieces, is_media, media = [texts[0]], [np.zeros(len(texts[0]), bool)], []
-    for file, following in zip(example.media, texts[1:], strict=True):
+    media: list[Media] = []
+    for file in example.media:
         path = root.absolute() / file.path
         if file.kind == "image":
-            medium = _image(path, layout, num_images)
+            media.append(_image(path, layout, num_images))
         else:
-            medium = _video(path, layout, num_frames=num_frames, fps=fps, decoder=decoder)
-        tokens, of_media = _media_tokens(medium, layout, tokenizer, timestamp)
+            media.append(_video(path, layout, num_frames=num_frames, fps=fps, decoder=decoder))
+    above, inside = _subtitles(example, media, words.subtitles, root, tokenizer)
+    asked, begin = _user_text(example, template, words, above)
+    texts = _between_media(example, asked, begin, layout, tokenizer)
+    pieces, is_media = [texts[0]], [np.zeros(len(texts[0]), bool)]
+    for i, (medium, following) in enumerate(zip(media, texts[1:], strict=True)):
+        lines = inside if medium.kind == "video" else []
+        tokens, of_media = _media_tokens(medium, layout, tokenizer, timestamp, lines)
+        inside = [] if medium.kind == "video" else inside
         offset = sum(map(len, pieces)) + int(of_media.argmax())
-        media.append(dataclasses.replace(medium, offset=offset))
+        media[i] = dataclasses.replace(medium, offset=offset)
         pieces += [tokens, following]
         is_media += [of_media, np.zeros(len(following), bool)]
     tokens = np.concatenate(pieces).astype(np.int32)
     return _prompt(example, tokens, layout, is_media=np.concatenate(is_media), media=tuple(media))
+
+
+def _subtitles(
+    example: Example, media: Sequence[Media], way: str, root: Path, tokenizer: Any
+) -> tuple[str, list[tuple[int, str]]]:
+    """Returns the subtitles of the first video as text above the question, and those between its
+    frames, with the number of frames before each."""
+    films = [medium for medium in media if medium.kind == "video"]
+    if not way or not films:
+        return "", []
+    lines = subtitles.of_example(example, root)
+    for line in lines:
+        _refuse_special(line.text, tokenizer, f"the file {example.subtitles}")
+    if way == "between":
+        return "", subtitles.between(lines, films[0].times_s)
+    return "\n".join(subtitles.shown(lines, films[0].times_s)), []
 
 
 def _prompt(
@@ -207,14 +243,21 @@ def _chat(asked: str, tokenizer: Any) -> str:
 
 
 def _between_media(
-    example: Example, asked: str, layout: MediaLayout, tokenizer: Any
+    example: Example, asked: str, begin: int, layout: MediaLayout, tokenizer: Any
 ) -> list[np.ndarray]:
-    """Returns the tokens before, between and after the media of a question."""
+    """Returns the tokens before, between and after the media of a question that stands in `asked`
+    from `begin` on. Media before all its words stand before all words of the user."""
     (before, after), content, used = layout.around, "", 0
     for file in example.media:
         assert used <= file.at <= len(example.question), f"{file} stands nowhere in the question"
-        content += asked[used : file.at] + before + _placeholder(file.kind, layout) + after
-        used = file.at
+        at = begin + file.at if file.at else 0
+        if asked[begin : begin + file.at] != example.question[: file.at]:
+            raise ValueError(
+                f"record {example.id!r} has {file.path!r} among its options, which the template "
+                "tells apart from the question; let it say {{ question }} alone"
+            )
+        content += asked[used:at] + before + _placeholder(file.kind, layout) + after
+        used = at
     placeholders = {_placeholder(file.kind, layout) for file in example.media}
     either = "|".join(re.escape(token) for token in sorted(placeholders))
     texts = re.split(either, _chat(content + asked[used:], tokenizer))
@@ -233,10 +276,15 @@ def _placeholder(kind: str, layout: MediaLayout) -> str:
 
 
 def _media_tokens(
-    medium: Media, layout: MediaLayout, tokenizer: Any, timestamp: str
+    medium: Media,
+    layout: MediaLayout,
+    tokenizer: Any,
+    timestamp: str,
+    lines: Sequence[tuple[int, str]] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns for every unit: its time where timestamp is set, opening, media tokens, separator;
-    and which of them are media tokens."""
+    and which of them are media tokens. lines: (frames before it, subtitle), which stands behind the
+    unit of the last of these frames; of several pools among those of the first."""
     view, (num_units, _, _) = medium.view, medium.grid
     media_token = _one_token(_placeholder(medium.kind, layout), tokenizer)
     opening, closing = _unit_texts(medium, layout, tokenizer)
@@ -244,16 +292,28 @@ def _media_tokens(
     if timestamp:
         _refuse_special(timestamp, tokenizer, f"data.timestamp={timestamp!r}")
     pieces: list[int] = []
-    for times, count in view.unit_tokens:
+    for pool, (times, count) in enumerate(view.unit_tokens):
         frame = [*opening, *[media_token] * count, *closing]
-        if not timestamp or medium.kind == "image":
+        stride = view.unit_frames // times
+        left = [] if pool else list(lines)
+        if not timestamp and not left or medium.kind == "image":
             pieces += frame * (times * num_units)
         else:
-            for t in medium.times_s[:: view.unit_frames // times]:
-                pieces += [*_tokens(timestamp.format(t=t), tokenizer), *frame]
+            pieces += _lines_after(left, 0, tokenizer)
+            for i, t in enumerate(medium.times_s[::stride]):
+                stamp = timestamp.format(t=t)
+                frames = range(i * stride + 1, (i + 1) * stride + 1)
+                pieces += [*_tokens(stamp, tokenizer), *frame]
+                pieces += [x for n in frames for x in _lines_after(left, n, tokenizer)]
         pieces += ending
     tokens = np.array(pieces, np.int32)
     return tokens, tokens == media_token
+
+
+def _lines_after(lines: Sequence[tuple[int, str]], number: int, tokenizer: Any) -> list[int]:
+    """Returns the tokens of the subtitles that stand behind so many frames, a line each."""
+    said = [text for before, text in lines if before == number]
+    return _tokens("".join(f"{text}\n" for text in said), tokenizer) if said else []
 
 
 def _unit_texts(medium: Media, layout: MediaLayout, tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -21,6 +21,8 @@ class RefusedLog:
         self.count = 0
         """Rows of the file: a run that goes on counts on. Elsewhere than in the first process it is
         as of the last `settle`."""
+        self.by_source: dict[str, int] = {}
+        """The same of each source of a mix, by name; of all processes in the first one."""
         self._file: TextIO | None = None
         if not processes.is_first():
             return
@@ -31,9 +33,11 @@ class RefusedLog:
         self._of_evaluations = {(r["id"], r["message"]) for r in rows if r["step"] == 0}
         self._file = self.path.open("a", encoding="utf-8")
         self.count = len(rows)
+        for row in rows:
+            self._count_source(row)
 
     def add(self, record: Example | str, error: ValueError, *, step: int) -> None:
-        """Writes one row: step, id, video, type and kind of the error, message.
+        """Writes one row: step, id, video, type and kind of the error, message, source (of a mix).
 
         record: the Example, or the id of a record that could not be read. step: 1 is the first
         update, 0 stands for records of an evaluation, which are listed once a run, however often
@@ -47,6 +51,9 @@ class RefusedLog:
             "kind": getattr(error, "kind", ""),
             "message": str(error),
         }
+        source = record.source if isinstance(record, Example) else getattr(error, "source", "")
+        if source:
+            row["source"] = source
         if self._file is None:
             self._untold.append(row)
         else:
@@ -70,6 +77,11 @@ class RefusedLog:
         file.write(json.dumps(row) + "\n")
         file.flush()
         self.count += 1
+        self._count_source(row)
+
+    def _count_source(self, row: dict[str, Any]) -> None:
+        if name := row.get("source"):
+            self.by_source[name] = self.by_source.get(name, 0) + 1
 
     def close(self) -> None:
         if self._file is not None:

@@ -69,6 +69,7 @@ def render(runs: Sequence[folders.Run]) -> str:
         gains=evaluations.gains(runs, names, problems),
         compared=evaluations.compared(runs, names),
         evaluated=evaluations.evaluated(runs, names),
+        sweeps=evaluations.sweeps(runs, names, problems),
         samples=groups,
         times=[tables.times(run) for run in runs],
         refused=[tables.refused(run) for run in runs],

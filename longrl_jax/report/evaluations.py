@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from longrl_jax import scores
@@ -13,6 +15,7 @@ from longrl_jax.report import folders, svg
 MODES = {
     "greedy": "Greedy",
     "sampled": "Sampled",
+    "shuffled": "Options shuffled",
     "no_video": "Blind: no video",
     "other_video": "Blind: other video",
 }
@@ -47,6 +50,17 @@ class Table:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepChart:
+    """One sweep.json, drawn."""
+
+    title: str
+    note: str
+    svg: Markup
+    legend: list[tuple[int, str]]
+    """(colour, line)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluated:
     """One scores.json."""
 
@@ -55,6 +69,8 @@ class Evaluated:
     chart: Markup
     legend: list[tuple[int, str]]
     """(colour, mode)."""
+    overview: Table | None
+    """All parts side by side, where several say whether an answer is right."""
     tables: list[Table]
 
 
@@ -121,10 +137,60 @@ def evaluated(runs: Sequence[folders.Run], names: Sequence[str]) -> list[Evaluat
                     note=_note(tree),
                     chart=chart,
                     legend=legend,
+                    overview=_overview(tree, parts),
                     tables=[_mode_table(tree, part) for part in parts],
                 )
             )
     return found
+
+
+def sweeps(
+    runs: Sequence[folders.Run], names: Sequence[str], problems: list[str]
+) -> list[SweepChart]:
+    """Draws every sweep.json: the first accuracy over the number of frames; one that is damaged is
+    told in `problems`."""
+    charts = []
+    for run, name in zip(runs, names, strict=True):
+        for folder, tree in run.sweeps.items():
+            try:
+                chart = sweep_chart(tree)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                problems.append(f"{run.folder}/evaluate/{folder}/sweep.json: {error!r}")
+                continue
+            title = f"{name}: {folder}" if len(runs) > 1 else folder
+            charts.append(dataclasses.replace(chart, title=f"{title}: {chart.title}"))
+    return charts
+
+
+def sweep_chart(tree: folders.Row) -> SweepChart:
+    """Draws a sweep.json of python -m longrl_jax.evaluate --frames."""
+    points = tree["points"]
+    lines = list(dict.fromkeys(point["line"] for point in points))
+    series = []
+    for colour, line in enumerate(lines):
+        dots = []
+        for point in (point for point in points if point["line"] == line):
+            score = point["scores"][point["part"]]
+            low, high = (score["mean"] if score[e] is None else score[e] for e in ("low", "high"))
+            dots.append(svg.Dot(step=point["frames"], value=score["mean"], low=low, high=high))
+        none = np.zeros(0)
+        series.append(
+            svg.Series(name=line, colour=colour, steps=none, values=none, dots=tuple(dots))
+        )
+    part, known = points[0]["part"], points[0]["baselines"]
+    rules = {heading: known[n]["mean"] for n, heading in BASELINES.items() if n in known}
+    blind = ", ".join(f"{heading.lower()} {100 * mean:.1f} %" for heading, mean in rules.items())
+    counts = sorted({point["questions"] for point in points})
+    asked = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+    return SweepChart(
+        title=part,
+        note=f"{asked} questions, greedy; bars: 95 % intervals"
+        + (f"; broken: {blind}." if blind else "."),
+        svg=svg.dots_chart(
+            series, label=f"{part} by frames", x_label="frames", rules=list(rules.values())
+        ),
+        legend=list(enumerate(lines)) if lines != [""] else [],
+    )
 
 
 def compared(runs: Sequence[folders.Run], names: Sequence[str]) -> Table | None:
@@ -245,7 +311,14 @@ def _change_cell(key: str, change: float) -> Cell:
 def _in_order(run: folders.Run) -> list[tuple[str, folders.Row]]:
     """Returns the evaluations of a run, that of what it started from first."""
     start = str(run.setting("model.path"))
-    return sorted(run.scores.items(), key=lambda item: item[1].get("checkpoint") != start)
+
+    def place(item: tuple[str, folders.Row]) -> tuple[bool, list[tuple[int, str]]]:
+        words = re.split(r"(\d+)", item[0])  # 8 frames before 16
+        return item[1].get("checkpoint") != start, [
+            (int(word) if word.isdecimal() else 0, word) for word in words
+        ]
+
+    return sorted(run.scores.items(), key=place)
 
 
 def _modes(tree: folders.Row) -> dict[str, Any]:
@@ -267,8 +340,9 @@ def _dict(value: Any) -> dict[str, Any]:
 
 
 def _kinds(modes: dict[str, Any]) -> list[str]:
+    """Returns all, the kinds and the values of every tag, in the order of scores.json."""
     every = dict.fromkeys(kind for by in modes.values() for kind in by)
-    return sorted(every, key=lambda kind: (kind != "all", kind))
+    return sorted(every, key=lambda kind: kind != "all")
 
 
 def _score(modes: dict[str, Any], mode: str, kind: str, part: str) -> dict[str, float]:
@@ -311,6 +385,27 @@ def _chart(tree: folders.Row, part: str) -> tuple[Markup, list[tuple[int, str]]]
     return svg.interval_chart(rows, label=label, most=min(1.0, most * 1.05)), legend
 
 
+def _overview(tree: folders.Row, parts: Sequence[str]) -> Table | None:
+    """Puts the parts side by side over all kinds, a row a mode; None for a single accuracy."""
+    if sum(scores.is_right(part) for part in parts) < 2:
+        return None
+    modes = _modes(tree)
+    shown = [part for part in parts if "@" not in part]
+    rows = []
+    for mode in modes:
+        found = [_score(modes, mode, "all", part) for part in shown]
+        cells = [
+            _value_cell(score["mean"], score["low"], score["high"], share=is_share(part))
+            for part, score in zip(shown, found, strict=True)
+        ]
+        rows.append((MODES.get(mode, mode), cells))
+    for heading, by_kind in _baselines(tree).items():
+        mean = folders.number(by_kind.get("all", {}).get("mean"))
+        cell = _value_cell(mean, math.nan, math.nan, share=True)
+        rows.append((heading, [cell if scores.is_right(part) else Cell(text="") for part in shown]))
+    return Table(title="All questions", headings=["", *shown], rows=rows)
+
+
 def _mode_table(tree: folders.Row, part: str) -> Table:
     modes = _modes(tree)
     baselines = _baselines(tree) if "accuracy" in part.split("/")[-1] else {}
@@ -318,9 +413,11 @@ def _mode_table(tree: folders.Row, part: str) -> Table:
     rows = []
     for kind in _kinds(modes):
         cells: list[Cell] = []
+        first = math.nan
         for mode in modes:
             score = _score(modes, mode, kind, part)
-            n = score["n"] if mode == next(iter(modes)) else math.nan  # once a row is enough
+            n = math.nan if score["n"] == first else score["n"]  # once a row is enough
+            first = score["n"] if math.isnan(first) else first
             ends = score["low"], score["high"]
             cells.append(_value_cell(score["mean"], *ends, share=share, count=n))
         for by_kind in baselines.values():
@@ -360,5 +457,11 @@ def _note(tree: folders.Row) -> str:
     sentences = [", ".join(words), "Bars: 95 % intervals"]
     if tree.get("complete") is False:
         sentences.insert(1, "Unfinished: the same command goes on")
+    for part, score in _dict(tree.get("shuffled_minus_greedy")).items():
+        mean, low, high = (
+            100 * folders.number(_dict(score).get(key)) for key in ("mean", "low", "high")
+        )
+        said = f"{part}, options shuffled minus greedy on the same questions: {mean:+.1f} pts"
+        sentences.append(said + (f" ({low:+.0f} to {high:+.0f})" if low < high else ""))
     sentences += [f"No {mode}: {why}" for mode, why in _dict(tree.get("skipped")).items()]
     return ". ".join(sentences) + "."

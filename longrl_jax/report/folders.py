@@ -27,7 +27,9 @@ class Run:
     evaluations: list[Row]
     refused: list[Row]
     scores: dict[str, Row]
-    """Name of a folder under evaluate/ -> its scores.json."""
+    """Path of a folder under evaluate/ -> its scores.json."""
+    sweeps: dict[str, Row]
+    """Likewise -> its sweep.json."""
     start_evaluation: Row
     """Last evaluation of the run whose export this run started from; empty if there is none."""
     error: str
@@ -67,7 +69,8 @@ def read(folder: Path) -> Run:
         metrics=_by_step(rows(folder / "metrics.jsonl", problems)),
         evaluations=_by_step(rows(folder / "evaluations.jsonl", problems)),
         refused=list(rows(folder / "refused.jsonl", problems)),
-        scores=_scores(folder, problems),
+        scores=_trees(folder, "scores.json", "modes", dict, problems),
+        sweeps=_trees(folder, "sweep.json", "points", list, problems),
         start_evaluation={},
         error=_text(folder / "error.txt").strip(),
         problems=(),
@@ -158,16 +161,18 @@ def _yaml(path: Path, text: str, problems: list[str]) -> Row:
     return tree if isinstance(tree, dict) else {}
 
 
-def _scores(folder: Path, problems: list[str]) -> dict[str, Row]:
+def _trees(folder: Path, name: str, field: str, kind: type, problems: list[str]) -> dict[str, Row]:
+    """Reads every file of a name below evaluate/ whose field is of this kind and not empty."""
     found = {}
-    for path in sorted(folder.glob("evaluate/*/scores.json")):
+    for path in sorted(folder.glob(f"evaluate/**/{name}")):
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             problems.append(f"{path}: not JSON ({error})")
             continue
-        if isinstance(tree, dict) and isinstance(tree.get("modes"), dict):
-            found[path.parent.name] = tree
+        if isinstance(tree, dict) and isinstance(tree.get(field), kind):
+            if tree[field]:  # else an evaluation that has only begun
+                found[path.parent.relative_to(folder / "evaluate").as_posix()] = tree
         else:
-            problems.append(f"{path}: has no modes, left out")
+            problems.append(f"{path}: has no {field}, left out")
     return found

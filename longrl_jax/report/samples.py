@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from longrl_jax.data import SOURCES, video
+from longrl_jax.config import DataConfig
+from longrl_jax.data import SOURCES, mixing, video
 from longrl_jax.data.longvideo_reason import RecordError
+from longrl_jax.records import build
 from longrl_jax.report import folders
 from longrl_jax.types import Example
 
@@ -23,6 +25,10 @@ DECODE_TIMEOUT_S = 30.0
 MAX_CHARACTERS = 5000
 """Of one answer or question."""
 NUM_VALIDATION = 4
+TRAINING = None
+"""Stands for the training records, where a file of others is meant."""
+Key = tuple[str, str]
+"""Source of a mix, and id."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,22 +66,22 @@ def groups(run: folders.Run, *, per_step: int) -> list[Group]:
     Questions and videos come from the data set that the config names, looked up by id.
     """
     problems: list[str] = []  # a line cut off here is named by whoever reads the file as a whole
-    wanted: list[tuple[str, str, list[folders.Row]]] = []
+    wanted: list[tuple[str, str | None, list[folders.Row]]] = []
     for name, step_rows in _ends(folders.rows(run.folder / "rollouts.jsonl", problems)):
         for rows in _chosen(step_rows, per_step):
-            wanted.append((name, str(run.setting("data.train")), rows))
+            wanted.append((name, TRAINING, rows))
     if per_step > 1 or not wanted:
         answers = list(folders.rows(run.folder / "evaluation_answers.jsonl", problems))
         for rows in _some_of_each(answers, NUM_VALIDATION):
             wanted.append(("Validation", str(run.setting("data.validation")), rows))
     examples = {}
     for file in dict.fromkeys(file for _, file, _ in wanted):
-        ids = {str(rows[0].get("id")) for _, used, rows in wanted if used == file}
+        ids = {_key(rows[0]) for _, used, rows in wanted if used == file}
         examples[file] = _examples(run, file, ids)
     shown = []
     with video.DecoderPool(1, timeout_s=DECODE_TIMEOUT_S) as pool:
         for name, file, rows in wanted:
-            found = examples[file].get(str(rows[0].get("id")))
+            found = examples[file].get(_key(rows[0]))
             shown.append(_group(run, name, rows, found, pool))
     return shown
 
@@ -157,23 +163,32 @@ def _some_of_each(rows: Sequence[folders.Row], count: int) -> list[list[folders.
     return [[row] for row in picked]
 
 
-def _examples(run: folders.Run, file: str, ids: set[str]) -> dict[str, Example]:
-    """Looks records up by id; those that are not found, or not readable, are not returned."""
-    source = SOURCES.get(str(run.setting("data.source")))
-    if source is None or not file:
-        return {}
+def _key(row: folders.Row) -> Key:
+    return str(row.get("source", "")), str(row.get("id"))
+
+
+def _examples(run: folders.Run, file: str | None, ids: set[Key]) -> dict[Key, Example]:
+    """Looks records up; those that are not found, or not readable, are not returned."""
+    known = {field.name for field in dataclasses.fields(DataConfig)}
+    settings = {k: v for k, v in dict(run.setting("data", {})).items() if k in known}
     try:
-        records = source(Path(str(run.setting("data.root"))), file)
-    except ValueError:  # the data have moved; every group says so
+        data = build(DataConfig, settings)
+        if file is TRAINING:
+            records = mixing.open_training(data)
+        elif file:
+            records = SOURCES[data.source](Path(data.root), file)
+        else:
+            return {}
+    except (ValueError, KeyError):  # the data have moved; every group says so
         return {}
-    found: dict[str, Example] = {}
+    found: dict[Key, Example] = {}
     for index in range(len(records)):
         try:
             example = records[index]
         except RecordError:
             continue
-        if example.id in ids:
-            found[example.id] = example
+        if (key := (example.source, example.id)) in ids:
+            found[key] = example
             if len(found) == len(ids):
                 break
     return found

@@ -19,8 +19,21 @@ NUM_COLOURS = 8
 MAX_POINTS = 400
 """Points of one or two lines; longer ones, and four lines, are averaged over runs of steps."""
 MAX_BARS = 48
+MAX_NAME = 24
+"""Characters of a row's name that are shown."""
 MANY_DOTS = 12
 """More dots than this are drawn smaller."""
+STYLE = """
+text { font: 11px system-ui, sans-serif; fill: #5b6675; }
+text.title { font-weight: 600; fill: #1c2430; }
+.grid { stroke: #dfe3e8; } .axis { stroke: #c3cad3; }
+.rule { stroke: #5b6675; stroke-dasharray: 4 4; }
+path { fill: none; stroke: var(--own); stroke-width: 2.2; stroke-linejoin: round; }
+.bar { stroke: var(--own); stroke-width: 2; opacity: .6; } .dot { fill: var(--own); stroke: #fff; }
+.c0 { --own: #2563c9; } .c1 { --own: #d9730d; } .c2 { --own: #16906b; } .c3 { --own: #b83280; }
+.c4 { --own: #7a4fd0; } .c5 { --own: #8a6d1d; } .c6 { --own: #0e8aa5; } .c7 { --own: #c4453c; }
+"""
+"""Of a chart that stands alone: page.css in its light colours."""
 LOG_RANGE = 30.0
 """A chart that may be logarithmic is, if its values span more than this factor."""
 
@@ -120,8 +133,10 @@ def interval_chart(
     Values are shares; the axis goes from 0 to `most`.
     """
     gap, line = 12, 13
+    longest = max((len(name) for name, _ in rows), default=0)
+    left = LEFT + 40 + 6 * max(0, min(longest, MAX_NAME) - 13)
     height = TOP + sum(line * len(dots) + gap for _, dots in rows) + BOTTOM
-    x = Axis(0.0, most, LEFT + 40, WIDTH - RIGHT - 8)  # room for half of the label 100%
+    x = Axis(0.0, most, left, WIDTH - RIGHT - 8)  # room for half of the label 100%
     parts: list[Markup] = []
     for tick in x.ticks(5):
         parts.append(_line(x(tick), TOP, x(tick), height - BOTTOM, "grid"))
@@ -129,7 +144,7 @@ def interval_chart(
     top = TOP + gap / 2
     for name, dots in rows:
         middle = top + line * len(dots) / 2 + 4
-        parts.append(_label(LEFT + 32, middle, name[:14], "end"))
+        parts.append(_label(left - 8, middle, name[:MAX_NAME], "end"))
         for place, (colour, mean, low, high) in enumerate(dots):
             at, colour_class = top + line * (place + 0.5), f"c{colour % NUM_COLOURS}"
             parts.append(_line(x(max(low, 0)), at, x(min(high, most)), at, f"bar {colour_class}"))
@@ -142,6 +157,72 @@ def interval_chart(
     return Markup('<svg viewBox="0 0 {} {:.0f}" role="img" aria-label="{}">{}</svg>').format(
         WIDTH, height, label, Markup("").join(parts)
     )
+
+
+def dots_chart(
+    series: Sequence[Series], *, label: str, x_label: str, rules: Sequence[float] = ()
+) -> Markup:
+    """Draws the dots of every series with their bars, joined by a line, over a logarithmic axis
+    whose ticks are the dots' own places; they must be above 0.
+
+    Values are shares, on an axis from 0. rules: what is the same at every place, as broken lines.
+    Series that share a place stand beside one another there.
+    """
+    places = sorted({dot.step for one in series for dot in one.dots})
+    most = max([dot.high for one in series for dot in one.dots] + list(rules))
+    x = Axis(places[0], places[-1], LEFT + 16, WIDTH - RIGHT - 16, log=True)
+    y = Axis(0.0, min(1.0, 1.08 * most) or 1.0, HEIGHT - BOTTOM, TOP)
+    parts = []
+    for tick in y.ticks(5):
+        parts.append(_line(LEFT, y(tick), WIDTH - RIGHT, y(tick), "grid"))
+        parts.append(_label(LEFT - 6, y(tick) + 4, short(tick, percent=True), "end"))
+    parts.append(_line(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM, "axis"))
+    parts += [_label(x(place), HEIGHT - BOTTOM + 15, f"{place:g}", "middle") for place in places]
+    parts.append(_label((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, x_label, "middle"))
+    parts += [_line(LEFT, y(value), WIDTH - RIGHT, y(value), "rule") for value in rules]
+    for number, one in enumerate(series):
+        aside = 7.0 * (number - (len(series) - 1) / 2)  # so that no bar hides another
+        points = [(x(dot.step) + aside, dot) for dot in sorted(one.dots, key=lambda dot: dot.step)]
+        words = [
+            f"{'L' if i else 'M'}{at:.1f} {y(dot.value):.1f}" for i, (at, dot) in enumerate(points)
+        ]
+        colour = f"c{one.colour % NUM_COLOURS}"
+        parts.append(Markup('<path d="{}" class="line {}"/>').format("".join(words), colour))
+        for at, dot in points:
+            parts.append(_line(at, y(dot.low), at, y(min(dot.high, y.high)), f"bar {colour}"))
+            circle = Markup('<circle cx="{:.1f}" cy="{:.1f}" r="4" class="dot {}"/>')
+            parts.append(circle.format(at, y(dot.value), colour))
+    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        WIDTH, HEIGHT, label, Markup("").join(parts)
+    )
+
+
+def alone(chart: Markup, legend: Sequence[tuple[int, str]], title: str, note: str) -> str:
+    """Returns a chart as a file of its own: with its colours, a title, a legend and a note, whose
+    parts between semicolons are lines."""
+    notes = note.split("; ")
+    head, line = 26, 16
+    top = head + line * (len(legend) + len(notes))
+    height = int(chart.partition('viewBox="0 0 ')[2].partition('"')[0].split()[1]) + top
+    words = [_label(LEFT, 16, title, "start", "title")]
+    for place, (colour, name) in enumerate(legend):
+        at = head + line * (place + 0.5)
+        key = Markup('<circle cx="{}" cy="{:.1f}" r="4" class="dot c{}"/>')
+        words += [
+            key.format(LEFT + 4, at, colour % NUM_COLOURS),
+            _label(LEFT + 14, at + 4, name, "start"),
+        ]
+    for place, text in enumerate(notes, start=len(legend)):
+        words.append(_label(LEFT, head + line * (place + 0.5) + 4, text, "start"))
+    form = (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {}" width="{}" height="{}">\n'
+        '<style>{}</style>\n<rect width="100%" height="100%" fill="#fff"/>\n{}\n'
+        '<g transform="translate(0 {})">{}</g>\n</svg>\n'
+    )
+    return Markup(form).format(
+        WIDTH, height, 2 * WIDTH, 2 * height, Markup(STYLE), Markup("").join(words), top,
+        Markup(chart[chart.index(">") + 1 : -len("</svg>")]),
+    )  # fmt: skip
 
 
 def stacked_bars(

@@ -108,7 +108,7 @@ def header(run: folders.Run, name: str) -> Header:
     facts = [
         ("Stage", str(run.setting("stage"))),
         ("Starts from", str(run.setting("model.path"))),
-        ("Data", f"{run.setting('data.root')}, {run.setting('data.train')}"),
+        ("Data", _data(run)),
         ("A step", _step_size(run)),
         ("Seed", str(run.setting("seed"))),
         ("Written", " to ".join(dict.fromkeys(dates))),
@@ -123,6 +123,12 @@ def header(run: folders.Run, name: str) -> Header:
         command=f"python -m longrl_jax.train {run.folder}/resolved.yaml run.dir=NEW_FOLDER",
         config_text=run.config_text,
     )
+
+
+def _data(run: folders.Run) -> str:
+    mix = run.setting("data.mix") or [{"file": run.setting("data.train")}]
+    files = [f"{part.get('root', '')}/{part.get('file', '')}".strip("/") for part in mix]
+    return ", ".join([str(run.setting("data.root")), *files])
 
 
 def differences(runs: Sequence[folders.Run]) -> evaluations.Table | None:

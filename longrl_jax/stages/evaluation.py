@@ -13,6 +13,7 @@ import rollout_bridge
 from longrl_jax import processes, rewards, scores
 from longrl_jax.config import Config
 from longrl_jax.data import prompts as prompt_text
+from longrl_jax.data.mixing import template_of
 from longrl_jax.scores import ALL, Row
 from longrl_jax.stages.policy import Inputs, Policy
 from longrl_jax.stages.questions import Embed
@@ -82,28 +83,15 @@ def answer(
     """
     items: list[list[Scored]] = []
     drawn: list[tuple[Sample, ...]] = []
-    with tqdm(
-        total=len(asked),
-        desc=mode.name,
-        unit="question",
-        leave=False,
-        disable=not processes.is_first(),
-    ) as bar:
-        for part in _batches(asked):
-            kept, features = embed(part, 0)  # step 0: not of the training
-            samples = rollout_bridge.generate_all(
-                engines,
-                inputs(kept, features),
-                num_samples=mode.num_samples,
-                temperature=mode.temperature,
-                max_tokens=cfg.rollout.max_tokens,
-                seeds=[_seed(cfg.seed, prompt.example.id) for prompt in kept],
-            )
+    with progress(mode.name, len(asked)) as bar:
+        for part in batches(asked):
+            kept, samples = draw(cfg, engines, part, embed, inputs, mode=mode)
             for prompt, group in zip(kept, samples, strict=True):
                 items.append([scored(prompt, s, policy, cfg) for s in group])
                 drawn.append(group)
             bar.update(len(part))
-    parts = iter(rewards.score([item for group in items for item in group], cfg.rewards))
+    flat = [item for group in items for item in group]
+    parts = iter(rewards.score(flat, cfg.rewards, judge_of(cfg, "judge_evaluation")))
     return [
         [
             _row(item, sample, next(parts), mode=mode.name, number=number)
@@ -113,11 +101,44 @@ def answer(
     ]
 
 
+def draw(
+    cfg: Config,
+    engines: Sequence[rollout_bridge.Engine],
+    asked: Sequence[Prompt],
+    embed: Embed,
+    inputs: Inputs,
+    *,
+    mode: Mode,
+) -> tuple[list[Prompt], list[tuple[Sample, ...]]]:
+    """Returns the questions of a batch whose videos can be read, and the answers to each."""
+    kept, features = embed(asked, 0)  # step 0: not of the training
+    samples = rollout_bridge.generate_all(
+        engines,
+        inputs(kept, features),
+        num_samples=mode.num_samples,
+        temperature=mode.temperature,
+        max_tokens=cfg.rollout.max_tokens,
+        seeds=[_seed(cfg.seed, prompt.example.id) for prompt in kept],
+    )
+    return kept, samples
+
+
+def progress(name: str, num_questions: int) -> tqdm:
+    """Returns a bar over questions, shown by the first process."""
+    return tqdm(
+        total=num_questions,
+        desc=name,
+        unit="question",
+        leave=False,
+        disable=not processes.is_first(),
+    )
+
+
 def readable(asked: Sequence[Prompt], embed: Embed) -> list[Prompt]:
     """Returns the questions whose videos can be read, after which they are in the store."""
     kept: list[Prompt] = []
     with tqdm(total=len(asked), desc="videos", unit="question", leave=False) as bar:
-        for part in _batches(asked):
+        for part in batches(asked):
             kept += embed(part, 0)[0]
             bar.update(len(part))
     return kept
@@ -159,13 +180,21 @@ def scored(prompt: Prompt, sample: Sample, policy: Policy, cfg: Config) -> Score
         text=prompt_text.decode_text(sample.tokens, policy.tokenizer),
         num_tokens=len(sample.tokens),
         finish_reason=sample.finish_reason,
-        template=cfg.data.template,
+        template=template_of(cfg.data, prompt.example),
         max_tokens=cfg.rollout.max_tokens,
         overlong_tokens=cfg.rollout.overlong_tokens,
     )
 
 
-def _batches(asked: Sequence[Prompt]) -> Iterator[list[Prompt]]:
+def judge_of(cfg: Config, name: str) -> rewards.judge.Server | None:
+    """Returns who judges, with this process's journal of that name in run.dir; None: nobody."""
+    if "judge" not in cfg.rewards:
+        return None
+    place = f"_{processes.index()}" if processes.index() else ""
+    return rewards.judge.Server(chat=cfg.judge, journal=Path(cfg.run.dir) / f"{name}{place}.jsonl")
+
+
+def batches(asked: Sequence[Prompt]) -> Iterator[list[Prompt]]:
     """Splits questions in order; a batch has at least one, and no more than both limits allow."""
     batch: list[Prompt] = []
     num_tokens = 0

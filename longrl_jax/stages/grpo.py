@@ -69,6 +69,7 @@ def run(cfg: Config) -> None:
                 log.rollouts(number, processes.joined(rows))
             values |= drawn.counts | {
                 "refused": refused.settle(),
+                **questions.refused_by_source(cfg, refused),
                 "compilations": learner.num_compilations,
             }
             log.step(number, values | phases.take(), shown=SHOWN)
@@ -226,6 +227,7 @@ def answer_rows(
             rows.append(
                 {
                     "id": example.id,
+                    **({"source": example.source} if example.source else {}),
                     "kind": example.kind,
                     "answer": example.answer,
                     "text": item.text,

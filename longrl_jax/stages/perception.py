@@ -23,8 +23,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from longrl_jax import run_folder, step
-from longrl_jax.config import Config, pick
-from longrl_jax.data import SOURCES
+from longrl_jax.config import Config
+from longrl_jax.data import mixing
 from longrl_jax.data.longvideo_reason import RecordError
 from longrl_jax.data.refused import RefusedLog
 from longrl_jax.losses import masked_mean
@@ -93,6 +93,7 @@ def run(cfg: Config) -> None:
                         "begin again in another run.dir with a lower optimizer.learning_rate"
                     )
             counts = {"groups": len(kept), "refused": refused.count}
+            counts |= questions.refused_by_source(cfg, refused)
             log.step(number, values | counts | phases.take(), shown=SHOWN)
     params = nnx.merge_state(others, trained[0])
     shutil.rmtree(folder / "export", ignore_errors=True)
@@ -106,7 +107,7 @@ def vocabulary(cfg: Config) -> tuple[list[Words], list[Words]]:
 
     All records are read once; a bad one is refused later, when its step comes.
     """
-    source = pick(SOURCES, cfg.data.source, "data.source")(Path(cfg.data.root), cfg.data.train)
+    source = mixing.open_training(cfg.data)
     frame_words: dict[int, set[str]] = defaultdict(set)
     film_words: dict[int, set[str]] = defaultdict(set)
     for i in range(len(source)):

@@ -144,6 +144,11 @@ def media_layout(backbone: Any, model_cfg: Any, data: DataConfig) -> MediaLayout
             f"data.timestamp={data.timestamp!r}: positions of this backbone hold frame times; "
             "leave it empty"
         )
+    if data.subtitles == "between" and layout is not None and layout.positions is not None:
+        raise ValueError(
+            "data.subtitles='between': positions of this backbone want no words between the frames "
+            "of a film; set data.subtitles=above"
+        )
     return layout
 
 

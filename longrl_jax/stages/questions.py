@@ -14,11 +14,12 @@ import numpy as np
 from tqdm import tqdm
 
 from longrl_jax import encode, processes
-from longrl_jax.config import Config, pick
-from longrl_jax.data import SOURCES, loader, prompts
+from longrl_jax.config import Config, DataConfig, pick
+from longrl_jax.data import SOURCES, loader, mixing, prompts, subtitles
 from longrl_jax.data.longvideo_reason import RecordError
 from longrl_jax.data.refused import RefusedLog
 from longrl_jax.data.video import DecoderPool
+from longrl_jax.data.wording import Words
 from longrl_jax.metrics import Phases
 from longrl_jax.stages.policy import Policy
 from longrl_jax.types import Example, MediaFile, Prompt
@@ -48,7 +49,9 @@ def slices(
 
     on_refused is told of a refused record with the number of its slice, from 1, for a step.
     """
-    source = pick(SOURCES, cfg.data.source, "data.source")(Path(cfg.data.root), cfg.data.train)
+    source = mixing.open_training(cfg.data)
+    if (said := mixing.shares(source)) and processes.is_first():
+        tqdm.write(said)
     steps = loader.prompts(
         source,
         prompt_encoder(
@@ -123,22 +126,27 @@ def prompt_encoder(
     (SFT) instead.
     """
     encode_prompt = functools.partial(
-        prompts.encode_prompt,
+        _asked,
+        data=cfg.data,
         tokenizer=policy.tokenizer,
         layout=policy.layout,
         num_frames=cfg.data.num_frames,
         fps=cfg.data.fps,
         decoder=cfg.data.decoder,
-        template=cfg.data.template,
         root=Path(cfg.data.root),
         timestamp=cfg.data.timestamp,
+        words=Words(
+            wording=cfg.data.wording,
+            template_file=cfg.data.template_file,
+            subtitles=cfg.data.subtitles,
+        ),
     )
     if with_target:
         return functools.partial(
             _with_target,
             encode_prompt=encode_prompt,
             tokenizer=policy.tokenizer,
-            template=cfg.data.template,
+            data=cfg.data,
             max_row_tokens=cfg.batch.max_row_tokens,
         )
     most = min(
@@ -164,7 +172,8 @@ def without_video(cfg: Config, policy: Policy, asked: Sequence[Prompt]) -> list[
 def with_other_video(
     cfg: Config, policy: Policy, asked: Sequence[Prompt], refused: RefusedLog
 ) -> list[Prompt]:
-    """Returns the questions about media, each asked of other questions' videos and images.
+    """Returns the questions about media, each asked of other questions' videos and images, with
+    the subtitles of these.
 
     Which ones is drawn by the seed; questions on one film share the other film, and a film is never
     its own other, however many files hold it. Questions with a medium of a kind that there are
@@ -172,6 +181,7 @@ def with_other_video(
     """
     other: dict[str, str] = {}
     files: dict[str, MediaFile] = {}
+    asked_of = {medium.key: prompt.example for prompt in asked for medium in prompt.media}
     for kind in ("image", "video"):
         of_kind = {
             medium.key: file
@@ -190,6 +200,9 @@ def with_other_video(
                 for medium, file in zip(prompt.media, prompt.example.media, strict=True)
             )
             example = dataclasses.replace(prompt.example, media=media)
+            films = [medium.key for medium in prompt.media if medium.kind == "video"]
+            if films:
+                example = subtitles.exchanged(example, asked_of[other[films[0]]])
             try:
                 shown.append(encode_prompt(example))
             except ValueError as error:
@@ -218,8 +231,12 @@ def open_embedder(
 
     Owns the decoder processes and the handle on the store for as long as the context lasts.
     """
+    for part in cfg.data.mix:
+        phases.count(f"data/{part.name}", 0)
     if encoder is None:
-        yield lambda asked, step: (list(asked), [None] * len(asked))
+        yield functools.partial(
+            _counted, lambda asked, _: (list(asked), [None] * len(asked)), phases
+        )
         return
     with contextlib.ExitStack() as stack:
         store = VideoStore(cfg.store.path, int(cfg.store.max_gib * 2**30))
@@ -230,9 +247,10 @@ def open_embedder(
         known_bad: dict[str, Any] = {}
         for counter in encode.COUNTERS:
             phases.count(counter, 0)  # so that a step which finds all in the store says so
-        yield functools.partial(
+        embed = functools.partial(
             _embed, encoder, store, pool, cfg.data.decoder, refused, phases, known_bad
         )
+        yield functools.partial(_counted, embed, phases)
 
 
 def count_empty(num_groups: int, empty_steps: int, refused: RefusedLog) -> int:
@@ -248,6 +266,22 @@ def count_empty(num_groups: int, empty_steps: int, refused: RefusedLog) -> int:
             f"{refused.path}. Check data.root, data.train and data.num_frames"
         )
     return empty_steps + 1
+
+
+def refused_by_source(cfg: Config, refused: RefusedLog) -> dict[str, int]:
+    """Returns `refused/<name>` of every source of data.mix, as of the last settle."""
+    return {f"refused/{part.name}": refused.by_source.get(part.name, 0) for part in cfg.data.mix}
+
+
+def _counted(
+    embed: Embed, phases: Phases, asked: Sequence[Prompt], step: int
+) -> tuple[list[Prompt], list[np.ndarray | None]]:
+    """Counts the questions of each source of a mix that a step asks, as `data/<name>`."""
+    kept, features = embed(asked, step)
+    for prompt in kept:
+        if step and prompt.example.source:
+            phases.count(f"data/{prompt.example.source}", 1)
+    return kept, features
 
 
 def _embed(
@@ -277,6 +311,11 @@ def _embed(
     return kept, [encode.features_of(prompt, features) for prompt in kept]
 
 
+def _asked(example: Example, *, data: DataConfig, **how: Any) -> Prompt:
+    """Lays out a question in the form that its source asks for."""
+    return prompts.encode_prompt(example, template=mixing.template_of(data, example), **how)
+
+
 def _with_room(
     example: Example, *, encode_prompt: Callable[[Example], Prompt], max_prompt_tokens: int
 ) -> Prompt:
@@ -296,11 +335,12 @@ def _with_target(
     *,
     encode_prompt: Callable[[Example], Prompt],
     tokenizer: Any,
-    template: str,
+    data: DataConfig,
     max_row_tokens: int,
 ) -> Prompt:
     """Refuses a prompt without a reference answer, or with one that is too long."""
-    target = prompts.answer_tokens(prompts.target_text(example, template), tokenizer)
+    text = prompts.target_text(example, mixing.template_of(data, example))
+    target = prompts.answer_tokens(text, tokenizer)
     prompt = encode_prompt(example)
     num_tokens = len(prompt.tokens) + len(target) - 1
     if num_tokens > max_row_tokens:

@@ -14,6 +14,7 @@ import numpy as np
 from longrl_jax import processes
 from longrl_jax.config import Config
 from longrl_jax.data import prompts as prompt_text
+from longrl_jax.data.mixing import template_of
 from longrl_jax.data.refused import RefusedLog
 from longrl_jax.metrics import Phases, averages
 from longrl_jax.stages import policy as opened
@@ -50,7 +51,10 @@ def run(cfg: Config) -> None:
         phases.take()  # what came before belongs to no step
         for number, asked in questions.training(cfg, policy, refused, first_step=saver.first_step):
             kept, features = embed(asked, number)
-            groups = [reference_group(prompt, policy, cfg.data.template) for prompt in kept]
+            groups = [
+                reference_group(prompt, policy, template_of(cfg.data, prompt.example))
+                for prompt in kept
+            ]
             means: dict[str, float] = {}
             _, num_groups = processes.place_of(len(groups))
             empty_steps = questions.count_empty(num_groups, empty_steps, refused)
@@ -65,6 +69,7 @@ def run(cfg: Config) -> None:
             counts = {
                 "groups": num_groups,
                 "refused": refused.settle(),
+                **questions.refused_by_source(cfg, refused),
                 "compilations": train_step.num_compilations,
             }
             log.step(number, means | counts | phases.take(), shown=SHOWN)

@@ -164,6 +164,13 @@ def export(bomb: Bomb) -> None:
     before(models.hf_files, "write_tensors", bomb)
 
 
+def judging(bomb: Bomb) -> None:
+    """A verdict of the judge is on disk, others of the step are not asked for yet."""
+    from longrl_jax.chat.journal import Journal
+
+    after(Journal, "append", bomb)
+
+
 def count_spaces(items):
     """A reward that a random policy varies in, so that there is something to learn."""
     return [{"total": item.text.count(" ") / max(len(item.text), 1)} for item in items]
@@ -203,7 +210,7 @@ def main() -> None:
 
     rewards.REWARDS |= {"spaces": count_spaces, "parity": parity}
     if point != "none":
-        POINTS[point](Bomb(int(visit)))
+        (POINTS | {"judging": judging})[point](Bomb(int(visit)))
     platform.prepare_vllm = lambda _: None  # it is prepared, and vLLM may be imported, already
     train.main([path])
 

@@ -5,12 +5,15 @@ architecture stay; lengths, counts and widths shrink, the engine's context in pr
 checkpoint's, and numbers are float32. A random policy earns nothing, so it is paid for spaces, too.
 """
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from longrl_jax import config, convert, models, rewards, train
 from longrl_jax.stages import STAGES
@@ -79,28 +82,27 @@ def shrunk(tree, context: float):
 
 
 def write_records(folder: Path, records: list[dict]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "train.jsonl").write_text("".join(json.dumps(x) + "\n" for x in records))
+    path = folder / "data" / "train-00000-of-00001.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(records), path)
 
 
 def write_sums(folder: Path) -> None:
-    """Mathematics as hiyouga/math12k has it, with the id that a record needs."""
+    """Mathematics as hiyouga/math12k has it."""
     sums = [{"problem": f"What is ${i} + 5$?", "answer": f"${i + 5}$"} for i in range(NUM_RECORDS)]
-    write_records(folder, [{"id": f"sum{i}"} | x for i, x in enumerate(sums)])
+    write_records(folder, sums)
 
 
 def write_pictures(folder: Path) -> None:
-    """Pictures of CLEVR's size that show as many bars as the answer says."""
+    """Pictures as BUAADreamer/clevr_count_70k has them, which show as many bars as is asked."""
     records = []
     for i in range(NUM_RECORDS):
-        picture = np.full((320, 480, 3), 90, np.uint8)
+        picture, file = np.full((320, 480, 3), 90, np.uint8), io.BytesIO()
         picture[100:200, 20 : 20 + 40 * i : 40] = 250
-        (folder / "images").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(folder / "images" / f"{i}.png")
+        Image.fromarray(picture).save(file, "PNG")
+        shown = [{"bytes": file.getvalue(), "path": f"CLEVR_trainA_{i}.png"}]
         problem = "<image>How many bars are there?"
-        records.append(
-            {"id": f"p{i}", "problem": problem, "answer": f"{i}", "images": [f"images/{i}.png"]}
-        )
+        records.append({"images": shown, "problem": problem, "answer": f"{i}"})
     write_records(folder, records)
 
 
@@ -109,11 +111,11 @@ def roots(world, tmp_path_factory):
     """Data of the kind that stands in a config's data.root."""
     folder = tmp_path_factory.mktemp("roots")
     write_sums(folder / "math12k")
-    write_pictures(folder / "clevr_count")
+    write_pictures(folder / "clevr_count_70k")
     return {
         "data/longvideo_reason": world / "data",
         "data/math12k": folder / "math12k",
-        "data/clevr_count": folder / "clevr_count",
+        "data/clevr_count_70k": folder / "clevr_count_70k",
     }
 
 

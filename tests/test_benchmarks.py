@@ -1,0 +1,91 @@
+"""Rotations of a question count together."""
+
+from pathlib import Path
+
+import pytest
+
+from longrl_jax import evaluate, scores
+from longrl_jax.benchmarks import BENCHMARKS, joined
+from longrl_jax.evaluate import choices
+from longrl_jax.types import Example
+
+VNBENCH = BENCHMARKS["vnbench"]
+
+
+def rows(question, rotation, *values, reward=True):
+    return [
+        {
+            "id": f"{question}_{rotation}",
+            "kind": "cnt_edit1",
+            "video": f"{question}.mp4",
+            "tags": {"question": question, "task": "counting"},
+            "sample": r,
+            "scores": {"official": value, "strict": 1.0},
+            "reward": {"total": value} if reward else None,
+        }
+        for r, value in enumerate(values)
+    ]
+
+
+def test_a_question_is_right_only_if_all_rotations_are():
+    right = [rows("a", i, 1.0) for i in range(4)]
+    wrong = [rows("b", i, float(i != 2)) for i in range(4)]
+    got = joined([*right[:2], *wrong, *right[2:]], VNBENCH)
+    assert [[row["scores"]["official"] for row in question] for question in got] == [[1.0], [0.0]]
+    assert [question[0]["id"] for question in got] == ["a", "b"]
+    assert [question[0]["reward"]["total"] for question in got] == [1.0, 0.0]
+    summary = scores.summary(got, report_by=VNBENCH.report_by)
+    assert summary["all"]["official/accuracy"]["mean"] == 0.5
+
+
+def test_answers_are_joined_by_their_number():
+    got = joined([rows("a", i, 1.0, float(i < 3)) for i in range(4)], VNBENCH)
+    assert [row["scores"]["official"] for row in got[0]] == [1.0, 0.0]
+
+
+def test_what_cannot_be_judged_or_lacks_a_rotation():
+    unjudged = [rows("a", i, None if i == 1 else 1.0, reward=i != 3) for i in range(4)]
+    got = joined([*unjudged, *(rows("b", i, 1.0) for i in range(3))], VNBENCH)
+    assert len(got) == 1
+    assert got[0][0]["scores"] == {"official": None, "strict": 1.0}
+    assert got[0][0]["reward"] is None
+
+
+def test_other_benchmarks_are_left_alone():
+    questions = [rows("a", i, 1.0) for i in range(4)]
+    assert joined(questions, BENCHMARKS["video_mme"]) == questions
+
+
+@pytest.mark.parametrize(("rotations", "want"), [(1, 0.25), (4, 0.25**4)])
+def test_chance_of_rotations(rotations, want):
+    question = "How many?\nA. 1\nB. 2\nC. 3\nD. 4"
+    examples = [Example(id=str(i), question=question, answer="ABCD"[i]) for i in range(4)]
+    found = scores.chance(examples, (), rotations)["all"]
+    assert found == {"mean": want, "n": 4 // rotations}
+
+
+ROOM = ("batch.max_row_tokens=20000", "rollout.max_model_len=9000")
+CONFIG = Path(__file__).parents[1] / "configs" / "tiny_cpu_grpo.yaml"
+
+
+def asked_for(*words):
+    args = evaluate.parser().parse_intermixed_args([str(CONFIG), *ROOM, *words])
+    (variant,) = choices.variants(args)
+    return variant.cfg
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_says_how_it_is_asked(name):
+    judge = ["judge.base_url=http://localhost:1/v1", "judge.model=x"]
+    benchmark, cfg = BENCHMARKS[name], asked_for(f"--benchmark={name}", *judge)
+    data = cfg.data
+    assert (data.source, data.wording, data.subtitles, data.num_frames, data.fps) == (
+        *(benchmark.source, benchmark.wording, benchmark.subtitles, benchmark.num_frames, 0.0),
+    )
+    own = asked_for(f"--benchmark={name}", "data.subtitles=above", "data.wording=plain", *judge)
+    assert (own.data.subtitles, own.data.wording) == ("above", "plain")
+
+
+def test_open_answers_need_a_judge():
+    with pytest.raises(ValueError, match="activitynet_qa needs a model that judges: judge.base_ur"):
+        asked_for("--benchmark=activitynet_qa", "judge.model=x")
