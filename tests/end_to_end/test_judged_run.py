@@ -15,9 +15,9 @@ from chat_server import ChatServer, cut, hang, status, truncated
 from longrl_jax import chat, config
 
 ROOT = Path(__file__).parents[2]
-NUM_STEPS, MAX_TRIES = 3, 3
-KILLS = [("judging", 4), ("judging", 6), ("journaled", 1)]
-"""The first two in the middle of a step's verdicts, the last before its update."""
+NUM_STEPS, NUM_SAMPLES, MAX_TRIES = 3, 4, 3
+KILLS = [("judging", 6), ("journaled", 2)]
+"""In the middle of a step's verdicts; before the update of the second step."""
 OF_THE_PROCESS = ("time/", "media/", "compilations")
 FAULTS = (
     status(429, retry_after=0.05),
@@ -64,7 +64,7 @@ def configure(world: Path, folder: Path, server: ChatServer) -> Path:
             f"store.path={folder.with_name('store')}",
             f"run={{dir: {folder}, num_steps: {NUM_STEPS}, checkpoint_every: 2, export: false}}",
             "batch={groups: 3, max_row_tokens: 768, smallest_bucket: 128}",
-            "rollout={num_samples: 4, dtype: float32, max_tokens: 48, max_model_len: 640}",
+            f"rollout.num_samples={NUM_SAMPLES}",
             "mesh={data: 1, simulated: true}",
             "optimizer.warmup_steps=0",
             "rewards={judge: 1.0, video_qa: 0.5}",
@@ -118,7 +118,7 @@ def test_a_judged_run_goes_on_after_faults_and_kills_and_pays_for_each_verdict_o
     assert rollouts[0] == rollouts[1]
     invalid = [row for row in rollouts[0] if row["reward"] is None]
     assert invalid and all(row["advantage"] == 0 for row in invalid)
-    share = sum(row["reward/judge/invalid"] for row in whole) / NUM_STEPS
-    assert share == pytest.approx(len(invalid) / len(rollouts[0]))
+    counted = sum(row["reward/judge/invalid"] * row["groups"] * NUM_SAMPLES for row in whole)
+    assert counted == pytest.approx(len(invalid))
     assert all(row["reward/video_qa/invalid"] == 0 for row in whole)
     assert any(row["advantage"] != 0 for row in rollouts[0])
