@@ -7,7 +7,8 @@ import pytest
 from tiny_groups import V, make_group, make_prompt
 
 from longrl_jax import batching
-from longrl_jax.batching import ORDERS, bucket, make_batch, place, row_tokens, split_passes
+from longrl_jax.batching import ORDERS, make_batch, place, split_passes
+from longrl_jax.packing import bucket, common_shape, row_tokens, segments_of
 from longrl_jax.sharding import make_mesh
 from longrl_jax.types import Rollout, Sample
 
@@ -46,7 +47,7 @@ def test_processes_lay_out_the_rows_of_their_groups_as_one_would_lay_out_all():
 
     def agree(shape):
         told.append(shape)
-        return batching.common_shape(told)
+        return common_shape(told)
 
     for _ in range(2):
         parts = [
@@ -281,8 +282,7 @@ def test_every_slot_sees_its_own_sequence(order, num_shards):
         batch.loss_mask.sum() == num_slots == sum(len(s.tokens) for g in groups for s in g.samples)
     )
     assert np.count_nonzero(batch.segment) == sum(
-        row_tokens([groups[i] for i in same])
-        for same in batching._segments(groups, max_row_tokens=100)
+        row_tokens([groups[i] for i in same]) for same in segments_of(groups, max_row_tokens=100)
     )
 
 
