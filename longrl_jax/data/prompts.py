@@ -32,6 +32,13 @@ INSTRUCTIONS = {
     ),
 }
 """Template -> what is asked for after the question."""
+OF_IMAGES = {
+    "think": (
+        "First say step by step what you see and what follows from it, inside <think></think>. "
+        "Then give the answer alone, inside <answer></answer>."
+    ),
+}
+"""The same about images alone, where it differs: nothing happens in them."""
 WATCH = "Watch the video to its end."
 """Stands before the instruction where there is a video."""
 MEDIA_TOKENS = ("<image>", "<vila/video>", "<vila/sentinel>", "<|image_pad|>", "<|video_pad|>")
@@ -62,8 +69,10 @@ def load_tokenizer(folder: str | Path) -> Any:
 def user_text(example: Example, template: str) -> str:
     """Returns the words of the user: the question, then the instruction."""
     instruction = pick(INSTRUCTIONS, template, "data.template")
-    watch = any(file.kind == "video" for file in example.media)
-    return f"{example.question}\n{f'{WATCH} ' if watch else ''}{instruction}"
+    kinds = {file.kind for file in example.media}
+    if kinds == {"image"}:
+        instruction = OF_IMAGES.get(template, instruction)
+    return f"{example.question}\n{f'{WATCH} ' if 'video' in kinds else ''}{instruction}"
 
 
 def target_text(example: Example, template: str) -> str:
