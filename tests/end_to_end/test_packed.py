@@ -31,6 +31,7 @@ PACKED = {
         "attention={kind: 2d, ulysses: 2}",
     ),
 }  # fmt: skip
+MESHES_OF = {"vila": tuple(PACKED), "qwen2_5_vl": tuple(PACKED)[1::2]}  # a mesh takes 20 s
 EXAMPLES = {
     "vila": (),
     "qwen2_5_vl": ("data.min_pixels=3136", "data.max_pixels=4704", "data.timestamp="),
@@ -124,7 +125,7 @@ def relative(got, want):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", EXAMPLES)
 def test_loss_and_gradients_are_those_of_a_row_an_example(asked, monkeypatch, family):
-    """Text, an image, images in the words, a film, two films, both; on every mesh."""
+    """Text, an image, images in the words, a film, two films, both."""
     assert jax.device_count() == 8
     for module in (update, opened):
         monkeypatch.setattr(module, "make_optimizer", keep_gradient)
@@ -136,7 +137,8 @@ def test_loss_and_gradients_are_those_of_a_row_an_example(asked, monkeypatch, fa
 
     _, index, want, want_stats = learn(asked(family, *ALONE))
     assert len(set(index.rows)) == 6 and len(models.arrays_of(want)) > 10
-    for name, settings in PACKED.items():
+    for name in MESHES_OF[family]:
+        settings = PACKED[name]
         passes, index, got, stats = learn(asked(family, *settings, "batch.pack=true"))
         assert len(set(index.rows)) < 6
         num_empty = sum(not np.asarray(mask).any() for mask in passes.loss_mask)
