@@ -8,7 +8,7 @@ that tokens may stand anywhere in a row: ORDERS.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -32,6 +32,15 @@ DTYPES: dict[str, Any] = dict.fromkeys((*TOKEN_FIELDS, *SLOT_FIELDS), np.int32) 
 
 Columns = dict[str, np.ndarray]
 """A value of every token of a piece of a row, by field; `feature_row`: -1 where none stands."""
+
+
+class Pieces(NamedTuple):
+    """What a row holds, before it has an order."""
+
+    prefixes: Columns
+    branches: Columns
+    samples: dict[int, list[np.ndarray]]
+    """Of each rollout: the places among the branches' that predict a token of each sample."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,25 +126,19 @@ def make_batch(
         max_row_tokens=max_row_tokens,
         packed=packed,
     )
-    pieces = [_row(row, rollouts, advantages, p * num_shards) for row in rows]
     arrays = _zeros(num_rows, num_shards * (p + a), num_shards * a, shape.rope_dims)
     stored = None
     if shape.width:
         stored = np.zeros((*arrays["tokens"].shape, shape.width), np.dtype(shape.dtype))
     of_rollout: dict[int, tuple[int, list[np.ndarray]]] = {}
-    for b, (prefixes, branches, samples) in enumerate(pieces):
-        at_p = place_in(np.arange(len(prefixes["tokens"])), p, num_shards)
-        at_a = place_in(np.arange(len(branches["tokens"])), a, num_shards)
-        for part, at_T in (
-            (prefixes, at_p // max(p, 1) * (p + a) + at_p % max(p, 1)),
-            (branches, at_a // a * (p + a) + p + at_a % a),
-        ):
-            for field in TOKEN_FIELDS:
-                arrays[field][b, at_T] = part[field]
-            _put_features(stored, b, at_T, part, features)
-        for field in SLOT_FIELDS:
-            arrays[field][b, at_a] = branches[field]
-        for i, predicting in samples.items():
+    for b, row in enumerate(rows):
+        pieces = _row(row, rollouts, advantages, p * num_shards)
+        at_p, at_a = (
+            place_in(np.arange(len(part["tokens"])), size, num_shards)
+            for part, size in ((pieces.prefixes, p), (pieces.branches, a))
+        )
+        _fill(arrays, stored, b, pieces, (at_p, at_a), (p, a), features)
+        for i, predicting in pieces.samples.items():
             of_rollout[i] = b, [at_a[slots] for slots in predicting]
     where = [of_rollout[i] for i in range(len(rollouts))]
     index = Index(
@@ -288,10 +291,8 @@ def _row(
     rollouts: Sequence[Rollout],
     advantages: Sequence[Float[np.ndarray, " R"] | Sequence[np.ndarray]],
     room: int,
-) -> tuple[Columns, Columns, dict[int, list[np.ndarray]]]:
-    """Returns the prefixes and branches of a row, and {rollout: [answer slots of each sample]}.
-
-    room: for prefixes."""
+) -> Pieces:
+    """Returns what a row holds; room: for prefixes."""
     prefixes: list[Columns] = []
     branches: list[Columns] = []
     samples: dict[int, list[np.ndarray]] = {}
@@ -311,7 +312,7 @@ def _row(
                 branches.append(piece)
                 samples[i].append(used + np.flatnonzero(piece["loss_mask"]))
                 used += len(piece["tokens"])
-    return _joined(prefixes), _joined(branches), samples
+    return Pieces(_joined(prefixes), _joined(branches), samples)
 
 
 def _prefix(prompt: Prompt, rollout: int, length: int, segment: int) -> Columns:
@@ -373,6 +374,29 @@ def _zeros(num_rows: int, T: int, A: int, rope_dims: tuple[int, ...]) -> Columns
     arrays = {field: np.zeros((num_rows, T), DTYPES[field]) for field in TOKEN_FIELDS}
     arrays["rope_pos"] = np.zeros((num_rows, T, *rope_dims), np.int32)
     return arrays | {field: np.zeros((num_rows, A), DTYPES[field]) for field in SLOT_FIELDS}
+
+
+def _fill(
+    arrays: Columns,
+    stored: np.ndarray | None,
+    b: int,
+    pieces: Pieces,
+    places: tuple[np.ndarray, np.ndarray],
+    sizes: tuple[int, int],
+    features: Sequence[np.ndarray | None],
+) -> None:
+    """Writes row b. places: of prefixes and branches, each among their own; sizes: of these two
+    parts of a shard."""
+    (at_p, at_a), (p, a) = places, sizes
+    for part, at_T in (
+        (pieces.prefixes, at_p // max(p, 1) * (p + a) + at_p % max(p, 1)),
+        (pieces.branches, at_a // a * (p + a) + p + at_a % a),
+    ):
+        for field in TOKEN_FIELDS:
+            arrays[field][b, at_T] = part[field]
+        _put_features(stored, b, at_T, part, features)
+    for field in SLOT_FIELDS:
+        arrays[field][b, at_a] = pieces.branches[field]
 
 
 def _put_features(

@@ -1,6 +1,7 @@
 """Packed rows train as rows of their own do: text, images and films, in both families, any mesh."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -12,13 +13,14 @@ from longrl_jax import batching, convert, models, step
 from longrl_jax.data.refused import RefusedLog
 from longrl_jax.metrics import Phases
 from longrl_jax.stages import policy as opened
-from longrl_jax.stages import questions, sft, update
+from longrl_jax.stages import grpo, questions, sft, update
 from longrl_jax.types import Rollout
 
 ROOT = Path(__file__).parents[2]
 GRADIENT_BOUND = 1e-5
 """|difference| / |gradient| of every array, float32: the project's promise for group rows."""
 STEPS_BOUND = 1e-4  # of parameters after NUM_STEPS of Adam, whose root makes rounding larger
+MAX_GAP = 1e-4  # as in test_loop.py
 NUM_STEPS = 4
 BATCH = "batch={groups: 6, max_row_tokens: 512, smallest_bucket: 32}"
 ALONE = ("mesh={data: 8, simulated: true}", BATCH)
@@ -187,3 +189,23 @@ def test_what_one_example_says_does_not_reach_another(asked, family):
     got = dataclasses.replace(one, groups=groups, features=features).logps()
     for i in range(6):
         assert np.array_equal(got[i], want[i]) == (i not in changed), i
+
+
+@pytest.mark.slow
+def test_grpo_packs_groups_and_agrees_with_its_engine(configured, spaces, tmp_path):
+    """Whatever shares a row, log p is what a real vLLM says of the same answers."""
+    cfg = configured(
+        "tiny_cpu_grpo.yaml",
+        "batch={groups: 4, max_row_tokens: 1024, smallest_bucket: 64, pack: true}",
+        "rewards={spaces: 1.0}",
+        "algorithm.kl=0.1",
+        "optimizer={learning_rate: 0.01}",
+        "run.num_steps=2",
+        "data.validation=",
+    )
+    grpo.run(cfg)
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert [step["step"] for step in steps] == [1, 2]
+    assert max(step["gap/max"] for step in steps) < MAX_GAP
+    assert min(step["pack/examples_per_row"] for step in steps) > 1
+    assert abs(steps[0]["kl"]) < 1e-6 < steps[1]["kl"]
