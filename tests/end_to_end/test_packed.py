@@ -12,8 +12,8 @@ import pytest
 from longrl_jax import batching, convert, models, step
 from longrl_jax.data.refused import RefusedLog
 from longrl_jax.metrics import Phases
-from longrl_jax.stages import policy as opened
 from longrl_jax.stages import grpo, questions, sft, update
+from longrl_jax.stages import policy as opened
 from longrl_jax.types import Rollout
 
 ROOT = Path(__file__).parents[2]
