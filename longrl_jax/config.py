@@ -300,7 +300,8 @@ class BatchConfig:
     pack: bool = False
     """Fill rows with as many groups as fit into max_row_tokens; none sees another, and numbers stay
     those of a row a group. Questions on one video share its tokens. Rows have four lengths, up to
-    max_row_tokens; metrics pack/fill and pack/examples_per_row say how full they are."""
+    max_row_tokens (and a bit over, where what is shared needs it); metrics pack/fill and
+    pack/examples_per_row say how full they are."""
     max_row_tokens: int = 4096
     """Longest row: shared prefix and all branches. A longer group is refused by name."""
     smallest_bucket: int = 128

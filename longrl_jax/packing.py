@@ -111,8 +111,8 @@ def sizes(
     """Returns the tokens of a shard's two parts: prefixes, and answer slots.
 
     Each is a `bucket`. Packed, the slots are smallest_bucket times a power of two, and both
-    together a quarter of max_row_tokens, or two, three, all four (more only where prefixes that
-    cannot be cut ask for it).
+    together a quarter of max_row_tokens, or two, three, all four. Where prefixes that cannot be cut
+    ask for more, they get as many sixteenths as they need, and a row may be that much longer.
     """
     least = -(-smallest_bucket // num_shards)
     prefix, branch, whole = (
@@ -126,7 +126,8 @@ def sizes(
         slots *= 2
     quarter = -(-max_row_tokens // (QUARTERS * num_shards))
     together = -(-whole // quarter) * quarter
-    return max(together - slots, bucket(prefix, least) if prefix else 0), slots
+    sixteenth = -(-quarter // 4)
+    return max(together - slots, -(-prefix // sixteenth) * sixteenth), slots
 
 
 def packed_rows(shape: RowShape, packed: Packed, most: int) -> tuple[int, int]:
