@@ -8,13 +8,14 @@ that tokens may stand anywhere in a row: ORDERS.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Float, Shaped
 
+from longrl_jax import packing
 from longrl_jax.config import pick
 from longrl_jax.sharding import spec
 from longrl_jax.types import Batch, Prompt, Rollout
@@ -29,26 +30,17 @@ DTYPES: dict[str, Any] = dict.fromkeys((*TOKEN_FIELDS, *SLOT_FIELDS), np.int32) 
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RowShape:
-    """What all rows of a step have in common."""
-
-    prefix_tokens: int = 0
-    """Most tokens of a row's shared prefixes."""
-    branch_tokens: int = 0
-    """Most tokens of a row's branches."""
-    num_sequences: int = 0
-    """Most samples of a row."""
-    rope_dims: tuple[int, ...] = ()
-    """Of a token's rope_pos: () or (3,)."""
-    width: int = 0
-    """C of the stored features; 0: text only."""
-    dtype: str = ""
-    """Of the stored features."""
-
-
 Columns = dict[str, np.ndarray]
 """A value of every token of a piece of a row, by field; `feature_row`: -1 where none stands."""
+
+
+class Pieces(NamedTuple):
+    """What a row holds, before it has an order."""
+
+    prefixes: Columns
+    branches: Columns
+    samples: dict[int, list[np.ndarray]]
+    """Of each rollout: the places among the branches' that predict a token of each sample."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +51,10 @@ class Index:
     """Row of each rollout."""
     slots: tuple[tuple[np.ndarray, ...], ...]
     """Answer slots of the tokens of each sample of each rollout, in order."""
+    num_tokens: int = 0
+    """Of all rows, without padding."""
+    num_places: int = 0
+    """For tokens and padding, in rows that are computed."""
 
     def per_sample(self, array_BA: Shaped[np.ndarray, "*passes B A"]) -> list[list[np.ndarray]]:
         """Returns [rollout][sample] -> values of its tokens; [passes, rows, A] is understood."""
@@ -67,24 +63,6 @@ class Index:
             [flat_BA[row, slots] for slots in samples]
             for row, samples in zip(self.rows, self.slots, strict=True)
         ]
-
-
-def bucket(num_tokens: int, smallest: int) -> int:
-    """Returns the least of smallest * (1, 2, ... 8, 10, 12, 14, 16, 20, ...) that holds num_tokens.
-
-    From 8 on there are four sizes an octave, so at most a quarter of a prompt's length is padding.
-    """
-    step = smallest
-    while num_tokens > 8 * step:
-        step *= 2
-    return max(-(-num_tokens // step), 1) * step
-
-
-def row_tokens(rollouts: Sequence[Rollout]) -> int:
-    """Returns how many tokens rollouts that share one prefix take of a row, without padding."""
-    prefix = _shared_prefix([r.prompt for r in rollouts])
-    tails = sum((len(r.prompt.tokens) - prefix - 1) * len(r.samples) for r in rollouts)
-    return prefix + tails + sum(len(s.tokens) for r in rollouts for s in r.samples)
 
 
 def make_batch(
@@ -99,7 +77,8 @@ def make_batch(
     groups_per_row: int = 1,
     share_videos: bool = True,
     order: str = "spread",
-    agree: Callable[[RowShape], RowShape] | None = None,
+    agree: Callable[[packing.RowShape], packing.RowShape] | None = None,
+    packed: packing.Packed | None = None,
 ) -> tuple[Batch, Index]:
     """Lays rollouts out in num_rows rows; rows that stay empty are padding.
 
@@ -109,71 +88,67 @@ def make_batch(
     share a row. advantages: of every sample a number, or an array of one for each of its tokens.
     Both parts of a row (prefixes, branches) are padded to `bucket`s, so that few shapes occur.
     `order` is a name in ORDERS. agree: where other processes hold rows of the same step, returns a
-    shape that fits all; there may be no rollouts here then.
+    shape that fits all; there may be no rollouts here then. packed: fill rows whatever
+    groups_per_row says; num_rows is the most then, and packing.sizes the lengths.
     """
     place_in = pick(ORDERS, order, "order")
     if not rollouts and agree is None:
         raise ValueError("make_batch got no rollouts")
     _check(rollouts, features, advantages, max_row_tokens)
     segments = (
-        _segments(rollouts, max_row_tokens) if share_videos else [[i] for i in range(len(rollouts))]
+        packing.segments_of(rollouts, max_row_tokens)
+        if share_videos
+        else [[i] for i in range(len(rollouts))]
     )
-    rows = _pack(segments, rollouts, groups_per_row, max_row_tokens)
+    rows = packing.pack(
+        segments,
+        rollouts,
+        max_row_tokens,
+        groups_per_row=0 if packed else groups_per_row,
+        multiple=packed.rows_per_pass if packed else 1,
+    )
     if len(rows) > num_rows:
         raise ValueError(
             f"{len(rollouts)} groups need {len(rows)} rows, but num_rows={num_rows}; "
             "raise num_rows or groups_per_row"
         )
-    pieces = [_row(row, rollouts, advantages) for row in rows]
-    shape = _shape(pieces, rollouts, features)
+    shape = packing.shape_of(rows, rollouts, features, packed)
     if agree is not None:
         shape = agree(shape)
-    shard_bucket = -(-smallest_bucket // num_shards)
-    p, a = (
-        bucket(-(-tokens // num_shards), shard_bucket)
-        for tokens in (shape.prefix_tokens, shape.branch_tokens)
+    num_computed, num_sequences = num_rows, shape.num_sequences
+    if packed is not None:
+        num_rows, num_computed = packing.packed_rows(shape, packed, num_rows)
+        num_sequences = packed.num_sequences
+    p, a = packing.sizes(
+        shape,
+        num_shards=num_shards,
+        smallest_bucket=smallest_bucket,
+        max_row_tokens=max_row_tokens,
+        packed=packed,
     )
     arrays = _zeros(num_rows, num_shards * (p + a), num_shards * a, shape.rope_dims)
     stored = None
     if shape.width:
         stored = np.zeros((*arrays["tokens"].shape, shape.width), np.dtype(shape.dtype))
     of_rollout: dict[int, tuple[int, list[np.ndarray]]] = {}
-    for b, (prefixes, branches, samples) in enumerate(pieces):
-        at_p = place_in(np.arange(len(prefixes["tokens"])), p, num_shards)
-        at_a = place_in(np.arange(len(branches["tokens"])), a, num_shards)
-        for part, at_T in (
-            (prefixes, at_p // p * (p + a) + at_p % p),
-            (branches, at_a // a * (p + a) + p + at_a % a),
-        ):
-            for field in TOKEN_FIELDS:
-                arrays[field][b, at_T] = part[field]
-            _put_features(stored, b, at_T, part, features)
-        for field in SLOT_FIELDS:
-            arrays[field][b, at_a] = branches[field]
-        for i, predicting in samples.items():
+    for b, row in enumerate(rows):
+        pieces = _row(row, rollouts, advantages, p * num_shards)
+        at_p, at_a = (
+            place_in(np.arange(len(part["tokens"])), size, num_shards)
+            for part, size in ((pieces.prefixes, p), (pieces.branches, a))
+        )
+        _fill(arrays, stored, b, pieces, (at_p, at_a), (p, a), features)
+        for i, predicting in pieces.samples.items():
             of_rollout[i] = b, [at_a[slots] for slots in predicting]
     where = [of_rollout[i] for i in range(len(rollouts))]
-    index = Index(rows=tuple(b for b, _ in where), slots=tuple(tuple(s) for _, s in where))
-    batch = Batch(
-        **arrays, features=stored, num_shards=num_shards, num_sequences=shape.num_sequences
+    index = Index(
+        rows=tuple(b for b, _ in where),
+        slots=tuple(tuple(s) for _, s in where),
+        num_tokens=int(np.count_nonzero(arrays["segment"])),
+        num_places=num_computed * arrays["tokens"].shape[1],
     )
+    batch = Batch(**arrays, features=stored, num_shards=num_shards, num_sequences=num_sequences)
     return batch, index
-
-
-def common_shape(shapes: Sequence[RowShape]) -> RowShape:
-    """Returns the least shape that rows of all these shapes fit in."""
-    known = [(shape.width, shape.dtype) for shape in shapes if shape.width]
-    if len(set(known)) > 1:
-        raise ValueError(f"features differ in width or type: {sorted(set(known))}")
-    width, dtype = known[0] if known else (0, "")
-    return RowShape(
-        prefix_tokens=max(shape.prefix_tokens for shape in shapes),
-        branch_tokens=max(shape.branch_tokens for shape in shapes),
-        num_sequences=max(shape.num_sequences for shape in shapes),
-        rope_dims=max(shape.rope_dims for shape in shapes),
-        width=width,
-        dtype=dtype,
-    )
 
 
 def split_passes(batch: Batch, rows_per_pass: int) -> Batch:
@@ -303,79 +278,27 @@ def _check(
                     f"group {name!r}: a sample has {len(sample.tokens)} tokens, but "
                     f"{len(sample.logps)} engine logps; it needs one of each"
                 )
-        if row_tokens([rollout]) > max_row_tokens:
+        if packing.row_tokens([rollout]) > max_row_tokens:
             raise ValueError(
-                f"group {name!r} takes {row_tokens([rollout])} tokens of a row, over "
+                f"group {name!r} takes {packing.row_tokens([rollout])} tokens of a row, over "
                 f"batch.max_row_tokens={max_row_tokens}; raise that, or lower data.num_frames, "
                 "rollout.num_samples or rollout.max_tokens"
             )
 
 
-def _shared_prefix(prompts: Sequence[Prompt]) -> int:
-    """Length of the longest common start that leaves every prompt at least its last token."""
-    first, length = prompts[0], min(len(p.tokens) for p in prompts) - 1
-    for prompt in prompts[1:]:
-        same = prompt.tokens[:length] == first.tokens[:length]
-        same &= prompt.is_media[:length] == first.is_media[:length]
-        moved = prompt.rope_pos[:length] != first.rope_pos[:length]
-        same &= ~moved.any(axis=tuple(range(1, moved.ndim)))
-        length = length if same.all() else int(np.argmin(same))
-    return length
-
-
-def _segments(rollouts: Sequence[Rollout], max_row_tokens: int) -> list[list[int]]:
-    """Groups the rollouts that share a prefix; a prefix is shared where that saves tokens."""
-    segments: list[list[int]] = []
-    of_media: dict[tuple[str, ...], list[list[int]]] = {}
-    for i, rollout in enumerate(rollouts):
-        open_segments = of_media.setdefault(tuple(m.key for m in rollout.prompt.media), [])
-        alone = row_tokens([rollout])
-        for segment in open_segments:
-            before = row_tokens([rollouts[j] for j in segment])
-            together = row_tokens([rollouts[j] for j in [*segment, i]])
-            if rollout.prompt.media and together < before + alone and together <= max_row_tokens:
-                segment.append(i)
-                break
-        else:
-            open_segments.append([i])
-            segments.append(open_segments[-1])
-    return segments
-
-
-def _pack(
-    segments: list[list[int]],
-    rollouts: Sequence[Rollout],
-    groups_per_row: int,
-    max_row_tokens: int,
-) -> list[list[list[int]]]:
-    """Puts up to groups_per_row segments into a row: the longest first, where it first fits."""
-    size = {id(s): row_tokens([rollouts[i] for i in s]) for s in segments}
-    if groups_per_row > 1:
-        segments = sorted(segments, key=lambda s: -size[id(s)])
-    rows: list[list[list[int]]] = []
-    for segment in segments:
-        for row in rows:
-            used = sum(size[id(s)] for s in row)
-            if len(row) < groups_per_row and used + size[id(segment)] <= max_row_tokens:
-                row.append(segment)
-                break
-        else:
-            rows.append([segment])
-    return rows
-
-
 def _row(
-    segments: Sequence[Sequence[int]],
+    segments: packing.Row,
     rollouts: Sequence[Rollout],
     advantages: Sequence[Float[np.ndarray, " R"] | Sequence[np.ndarray]],
-) -> tuple[Columns, Columns, dict[int, list[np.ndarray]]]:
-    """Returns the prefixes and branches of a row, and {rollout: [answer slots of each sample]}."""
+    room: int,
+) -> Pieces:
+    """Returns what a row holds; room: for prefixes."""
     prefixes: list[Columns] = []
     branches: list[Columns] = []
     samples: dict[int, list[np.ndarray]] = {}
     used = 0
-    for number, segment in enumerate(segments, start=1):
-        length = _shared_prefix([rollouts[i].prompt for i in segment])
+    lengths = packing.prefix_lengths(segments, rollouts, room)
+    for number, (segment, length) in enumerate(zip(segments, lengths, strict=True), start=1):
         prefixes.append(_prefix(rollouts[segment[0]].prompt, segment[0], length, number))
         branch = 0
         for i in segment:
@@ -389,7 +312,7 @@ def _row(
                 branches.append(piece)
                 samples[i].append(used + np.flatnonzero(piece["loss_mask"]))
                 used += len(piece["tokens"])
-    return _joined(prefixes), _joined(branches), samples
+    return Pieces(_joined(prefixes), _joined(branches), samples)
 
 
 def _prefix(prompt: Prompt, rollout: int, length: int, segment: int) -> Columns:
@@ -453,23 +376,27 @@ def _zeros(num_rows: int, T: int, A: int, rope_dims: tuple[int, ...]) -> Columns
     return arrays | {field: np.zeros((num_rows, A), DTYPES[field]) for field in SLOT_FIELDS}
 
 
-def _shape(
-    pieces: Sequence[tuple[Columns, Columns, Any]],
-    rollouts: Sequence[Rollout],
+def _fill(
+    arrays: Columns,
+    stored: np.ndarray | None,
+    b: int,
+    pieces: Pieces,
+    places: tuple[np.ndarray, np.ndarray],
+    sizes: tuple[int, int],
     features: Sequence[np.ndarray | None],
-) -> RowShape:
-    known = [(x.shape[1], str(x.dtype)) for x in features if x is not None]
-    kinds = [RowShape(width=width, dtype=dtype) for width, dtype in known]
-    rows = [
-        RowShape(
-            prefix_tokens=len(prefixes["tokens"]),
-            branch_tokens=len(branches["tokens"]),
-            num_sequences=sum(map(len, samples.values())),
-        )
-        for prefixes, branches, samples in pieces
-    ]
-    dims = [RowShape(rope_dims=rollout.prompt.rope_pos.shape[1:]) for rollout in rollouts]
-    return common_shape([RowShape(), *kinds, *rows, *dims])
+) -> None:
+    """Writes row b. places: of prefixes and branches, each among their own; sizes: of these two
+    parts of a shard."""
+    (at_p, at_a), (p, a) = places, sizes
+    for part, at_T in (
+        (pieces.prefixes, at_p // max(p, 1) * (p + a) + at_p % max(p, 1)),
+        (pieces.branches, at_a // a * (p + a) + p + at_a % a),
+    ):
+        for field in TOKEN_FIELDS:
+            arrays[field][b, at_T] = part[field]
+        _put_features(stored, b, at_T, part, features)
+    for field in SLOT_FIELDS:
+        arrays[field][b, at_a] = pieces.branches[field]
 
 
 def _put_features(

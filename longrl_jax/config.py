@@ -350,12 +350,18 @@ class BatchConfig:
     groups: int = 8
     """Prompts of one step (one update)."""
     rows_per_pass: int = 0
-    """Rows of one forward/backward pass; gradients are summed over passes. 0: all in one."""
+    """Rows of one forward/backward pass; gradients are summed over passes. 0: all in one, or with
+    pack one a device (mesh.data * mesh.fsdp)."""
+    pack: bool = False
+    """Fill rows with as many groups as fit into max_row_tokens; none sees another, and numbers stay
+    those of a row a group. Questions on one video share its tokens. Rows have four lengths, up to
+    max_row_tokens (and a bit over, where what is shared needs it); metrics pack/fill and
+    pack/examples_per_row say how full they are."""
     max_row_tokens: int = 4096
     """Longest row: shared prefix and all branches. A longer group is refused by name."""
     smallest_bucket: int = 128
     """Both parts of a row (prefix, answers) are padded to one of few multiples of this number of
-    tokens (batching.bucket), so that few lengths, and few compilations, occur."""
+    tokens (packing.bucket), so that few lengths, and few compilations, occur."""
 
     def __post_init__(self):
         for name in ("groups", "max_row_tokens", "smallest_bucket"):
@@ -706,6 +712,10 @@ class Config:
             raise ValueError(
                 f"batch.rows_per_pass={self.batch.rows_per_pass} does not split over "
                 f"mesh.data * mesh.fsdp = {self.mesh.rows} devices; make it a multiple"
+            )
+        if self.batch.pack and self.stage == "perception":
+            raise ValueError(
+                "batch.pack=true: stage=perception has no rows of tokens; set it to false"
             )
         if self.mesh.processes > 1 and self.stage == "perception":
             raise ValueError(

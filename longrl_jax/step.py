@@ -299,11 +299,26 @@ def head_logps(
     return logps, entropy
 
 
-def make_pass_logps(token_logps: TokenLogps, *, mesh: jax.sharding.Mesh | None) -> CountedJit:
-    """Returns jitted (params, passes) -> (log p, entropy), both [n, B, A], one pass at a time."""
+def make_pass_logps(
+    token_logps: TokenLogps, *, mesh: jax.sharding.Mesh | None, skip_empty: bool = False
+) -> CountedJit:
+    """Returns jitted (params, passes) -> (log p, entropy), both [n, B, A], one pass at a time.
+
+    skip_empty: compute no pass whose rows are all padding; its numbers are 0.
+    """
+
+    def or_zeros(params: nnx.State, batch: Batch) -> tuple[Array, Array]:
+        return jax.lax.cond(
+            batch.loss_mask.any(),
+            token_logps,
+            functools.partial(_zeros_like_result, token_logps),
+            params,
+            batch,
+        )
 
     def pass_logps(params: nnx.State, passes: Batch) -> tuple[Array, Array]:
-        return jax.lax.map(lambda batch: token_logps(params, batch), passes)
+        one_pass = or_zeros if skip_empty else token_logps
+        return jax.lax.map(functools.partial(one_pass, params), passes)
 
     return CountedJit(pass_logps, mesh=mesh)
 
@@ -319,12 +334,14 @@ def make_train_step(
     kl_estimator: Callable[[Array, Array], Array] | None = None,
     mean: Callable[..., tuple[Array, Array]] = token_weights,
     engine_gap: bool = True,
+    skip_empty: bool = False,
 ) -> TrainStep:
     """Returns the update. The loss is a mean over all passes together, whatever their split.
 
     loss: an entry of LOSSES with its numbers bound. kl: weight of kl_estimator(logp, reference).
     mean: an entry of MEANS with its numbers bound.
     shardings: of state_shardings. engine_gap: report |engine log p - learner log p|.
+    skip_empty: compute no pass whose rows are all padding.
     An update whose loss or gradient norm is not finite changes nothing; the statistics
     `finite/loss` and `finite/grad_norm` (1 or 0) say so, for the stage to stop.
     """
@@ -365,6 +382,7 @@ def make_train_step(
             params,
             (passes, reference_logps, old_logps, weights_nBA),
             None if mesh is None else shardings.params,
+            skip_empty,
         )
         norm = optax.global_norm(grads)
         finite_loss, finite_norm = jnp.isfinite(value), jnp.isfinite(norm)
@@ -388,7 +406,7 @@ def make_train_step(
     return TrainStep(CountedJit(update, mesh=mesh, donate_argnums=0, out_shardings=(kept, None)))
 
 
-def _summed(pass_gradient, params, passes, places):
+def _summed(pass_gradient, params, passes, places, skip_empty):
     """Runs pass after pass; sums losses, statistics and gradients, stacks log-probabilities."""
     num_passes = passes[0].tokens.shape[0]
     if num_passes == 1:
@@ -399,12 +417,26 @@ def _summed(pass_gradient, params, passes, places):
         outputs, grads = pass_gradient(params, one_pass)
         return jax.tree.map(jnp.add, total, grads), outputs
 
+    def add_or_skip(total, one_pass):
+        def skip(total, _):
+            return total, _zeros_like_result(add, total, one_pass)[1]
+
+        return jax.lax.cond(one_pass[0].loss_mask.any(), add, skip, total, one_pass)
+
     zeros = jax.tree.map(jnp.zeros_like, params)
     if places is not None:  # told, because zeros depend on no parameter
         zeros = jax.lax.with_sharding_constraint(zeros, places)
-    grads, (values, (stats, logps)) = jax.lax.scan(add, zeros, passes)
+    grads, (values, (stats, logps)) = jax.lax.scan(
+        add_or_skip if skip_empty else add, zeros, passes
+    )
     value, stats = jax.tree.map(lambda x: x.sum(0), (values, stats))
     return (value, (stats, logps)), grads
+
+
+def _zeros_like_result(function, *args):
+    """Returns zeros of the shapes that a call would return."""
+    shapes = jax.eval_shape(function, *args)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def _masked(x_BA: Array, mask_BA: Array) -> tuple[Array, Array]:

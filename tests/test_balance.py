@@ -5,6 +5,7 @@ import pytest
 from tiny_groups import make_group, make_prompt
 
 from longrl_jax.batching import make_batch
+from longrl_jax.packing import Packed
 from longrl_jax.sharding import executed_tiles, imbalance
 
 BALANCED = 1.05  # a ring waits at most a twentieth of its time
@@ -51,6 +52,36 @@ def test_no_device_waits_for_another(row, num_shards):
             )
             assert tiles.shape == (num_shards // ulysses, num_shards)
             assert imbalance(tiles) <= BALANCED, (block_size, ulysses)
+
+
+@pytest.mark.parametrize("num_shards", [4, 8])
+def test_no_device_waits_for_another_in_a_packed_row(num_shards):
+    """Two films with their reasoning, a shorter one and forty pictures, in 32,768 places: prompts
+    are cut, and every device has its part of each example."""
+    lengths = [(12000, 700), (9000, 900), (3400, 300)] + [(120, 20)] * 40
+    rollouts = [make_group(make_prompt(np.full(p, 7)), np.full(a, 7)) for p, a in lengths]
+    batch, index = make_batch(
+        rollouts,
+        features=[None] * len(rollouts),
+        advantages=[np.ones(1, np.float32)] * len(rollouts),
+        num_rows=len(rollouts),
+        num_shards=num_shards,
+        smallest_bucket=1024,
+        max_row_tokens=32768,
+        packed=Packed(rows_per_pass=1, num_sequences=len(rollouts)),
+    )
+    assert set(index.rows) == {0} and batch.tokens.shape == (1, 32768)
+    assert batch.targets.shape == (1, 4096)  # so there is no room for all 29,157 of the prompts
+    whole = sum((p + a) ** 2 / 2 for p, a in lengths)  # pairs that attention must look at
+    for block_size in (512, 64):
+        for ulysses in (1, 2):
+            tiles = executed_tiles(
+                batch.order, batch.branch, batch.segment,
+                num_devices=num_shards, block_size=block_size, ulysses=ulysses,
+            )  # fmt: skip
+            assert imbalance(tiles) <= BALANCED, (block_size, ulysses)
+            if block_size == 64:  # no more than others' keys at the borders of tiles
+                assert tiles.sum() / ulysses * block_size**2 < 1.6 * whole
 
 
 def test_a_contiguous_order_would_wait():

@@ -4,10 +4,11 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from tiny_groups import V, make_group, make_prompt
+from tiny_groups import V, assert_slots_see_their_own, make_group, make_prompt
 
 from longrl_jax import batching
-from longrl_jax.batching import ORDERS, bucket, make_batch, place, row_tokens, split_passes
+from longrl_jax.batching import ORDERS, make_batch, place, split_passes
+from longrl_jax.packing import bucket, common_shape, row_tokens, segments_of
 from longrl_jax.sharding import make_mesh
 from longrl_jax.types import Rollout, Sample
 
@@ -46,7 +47,7 @@ def test_processes_lay_out_the_rows_of_their_groups_as_one_would_lay_out_all():
 
     def agree(shape):
         told.append(shape)
-        return batching.common_shape(told)
+        return common_shape(told)
 
     for _ in range(2):
         parts = [
@@ -245,44 +246,12 @@ def test_every_slot_sees_its_own_sequence(order, num_shards):
         groups, features=features, advantages=advantages, num_rows=8, num_shards=num_shards,
         order=order, groups_per_row=2, smallest_bucket=8,
     )  # fmt: skip
-    T, A = batch.tokens.shape[1], batch.targets.shape[1]
-    t, a = T // num_shards, A // num_shards
-    num_slots = 0
-    for group, stored, advantage, row, slots in zip(
-        groups, features, advantages, index.rows, index.slots, strict=True
-    ):
-        P = len(group.prompt.tokens)
-        for r, (sample, at) in enumerate(zip(group.samples, slots, strict=True)):
-            whole = np.concatenate([group.prompt.tokens, sample.tokens])
-            for n, slot in enumerate(at):
-                here = slot // a * t + (t - a) + slot % a
-                seen = [
-                    s
-                    for s in range(T)
-                    if batch.segment[row, s] == batch.segment[row, here] > 0
-                    and batch.order[row, s] <= batch.order[row, here]
-                    and batch.branch[row, s] in (0, batch.branch[row, here])
-                ]
-                seen.sort(key=lambda s: batch.order[row, s])
-                np.testing.assert_array_equal(batch.tokens[row, seen], whole[: P + n])
-                np.testing.assert_array_equal(batch.order[row, seen], np.arange(P + n))
-                np.testing.assert_array_equal(batch.rope_pos[row, seen], np.arange(P + n))
-                if stored is not None:
-                    media = [s for s in seen if batch.is_media[row, s]]
-                    np.testing.assert_array_equal(batch.features[row, media], stored)
-                assert batch.targets[row, slot] == whole[P + n]
-                assert batch.advantage[row, slot] == advantage[r]
-                same = batch.loss_mask[row] & (batch.sequence[row] == batch.sequence[row, slot])
-                np.testing.assert_array_equal(np.sort(at), np.flatnonzero(same))
-                assert batch.sequence[row, slot] < batch.num_sequences
-                assert batch.engine_logps[row, slot] == sample.logps[n]
-                num_slots += 1
+    num_slots = assert_slots_see_their_own(batch, index, groups, features, advantages)
     assert (
         batch.loss_mask.sum() == num_slots == sum(len(s.tokens) for g in groups for s in g.samples)
     )
     assert np.count_nonzero(batch.segment) == sum(
-        row_tokens([groups[i] for i in same])
-        for same in batching._segments(groups, max_row_tokens=100)
+        row_tokens([groups[i] for i in same]) for same in segments_of(groups, max_row_tokens=100)
     )
 
 

@@ -126,9 +126,11 @@ def test_overlong_needs_its_length_in_every_stage_that_answers_questions(path, s
         config.load(path, [f"stage={stage}", "rewards={overlong: 1.0}"])
 
 
-def test_perception_has_no_use_for_adapters(path):
+def test_perception_has_no_use_for_adapters_or_packed_rows(path):
     with pytest.raises(ValueError, match="model.lora_rank=4: stage=perception"):
         config.load(path, ["stage=perception", "model.lora_rank=4"])
+    with pytest.raises(ValueError, match="batch.pack=true: stage=perception has no rows"):
+        config.load(path, ["stage=perception", "batch.pack=true"])
 
 
 def test_attention_names_are_those_of_the_library(path):

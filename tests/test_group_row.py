@@ -20,6 +20,7 @@ from tiny_qwen2_5_vl import VISION, write_qwen2_5_vl
 from torch_side import Numbers, Side, all_logps, open_side, token_mean
 
 from longrl_jax.models import qwen2_5_vl
+from longrl_jax.packing import Packed
 from longrl_jax.types import Media, View
 
 BOUND = {"float32": 1e-5, "float64": 1e-10}
@@ -46,6 +47,7 @@ class Case:
     num_rows: int = 3
     rows_per_pass: int = 0
     groups_per_row: int = 1
+    packed: Packed | None = None
     rows_used: int
     """How many rows must come out filled: that the case is laid out as it says."""
 
@@ -85,11 +87,29 @@ CASES = {
         lengths=VIDEO_LENGTHS, num_media=6, grid=(3, 2, 1), tied=False, num_shards=2,
         order="spread", rows_used=2,
     ),
+    "packed: two films and a text in 50 places over 2, prompts cut where answers stand": Case(
+        prompts=(([1, 60, *LATE], "a"), ([1, 61, *LATE], "b"), (list(range(10, 26)), "")),
+        num_media=4, lengths=((9,), (5,), (3,)), loss="nll", num_shards=2, order="spread",
+        packed=Packed(rows_per_pass=1, num_sequences=3), rows_used=1,
+    ),
+    "packed: positions in three dims, cut": Case(
+        prompts=(([1, *FILM, 31, 32], "a"), ([1, *FILM, 33], "b"), (list(range(10, 26)), "")),
+        num_media=6, grid=(3, 2, 1), lengths=((9,), (5,), (3,)), loss="nll", num_shards=2,
+        order="spread", packed=Packed(rows_per_pass=1, num_sequences=3), rows_used=1,
+    ),
+    "packed: samples of three prompts": Case(
+        prompts=TEXT, lengths=TEXT_LENGTHS, num_shards=2, order="spread",
+        packed=Packed(rows_per_pass=1, num_sequences=9), rows_used=1,
+    ),
 }  # fmt: skip
 
 
 FAST = {  # compiling takes 5 to 10 s a case; these have a bit of everything
     ("3 groups in one row, spread over 4", "float32"),
+    (
+        "packed: two films and a text in 50 places over 2, prompts cut where answers stand",
+        "float32",
+    ),
     ("two questions on one video, spread over 2, a pass a row, one of padding", "float64"),
 }
 
@@ -225,7 +245,7 @@ def test_a_group_row_equals_separate_sequences(checkpoints, name, dtype):
             keep_gradient(),
             layout={
                 "num_rows": case.num_rows, "num_shards": case.num_shards, "order": case.order,
-                "groups_per_row": case.groups_per_row,
+                "groups_per_row": case.groups_per_row, "packed": case.packed,
             },
             rows_per_pass=case.rows_per_pass,
             dtype=dtype,

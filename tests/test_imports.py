@@ -32,6 +32,7 @@ LAYER = {  # the longest prefix counts; a module that has no row fails the test
     "longrl_jax.checkpoint": 3,
     "longrl_jax.step": 3,
     "longrl_jax.batching": 3,
+    "longrl_jax.packing": 2,
     "longrl_jax.encode": 3,
     "longrl_jax.benchmarks": 3,
     "rollout_bridge": 3,

@@ -34,6 +34,13 @@ INSTRUCTIONS = {
     ),
 }
 """Template -> what is asked for after the question."""
+OF_IMAGES = {
+    "think": (
+        "First say step by step what you see and what follows from it, inside <think></think>. "
+        "Then give the answer alone, inside <answer></answer>."
+    ),
+}
+"""The same about images alone, where it differs: nothing happens in them."""
 WATCH = "Watch the video to its end."
 """Stands before the instruction where there is a video."""
 MEDIA_TOKENS = ("<image>", "<vila/video>", "<vila/sentinel>", "<|image_pad|>", "<|video_pad|>")
@@ -69,12 +76,14 @@ def user_text(example: Example, template: str, words: Words = PLAIN, said: str =
 def _user_text(example: Example, template: str, words: Words, said: str = "") -> tuple[str, int]:
     """Returns the words of the user, and where the question begins in them."""
     instruction = pick(INSTRUCTIONS, template, "data.template")
-    watch = any(file.kind == "video" for file in example.media)
+    kinds = {file.kind for file in example.media}
+    if kinds == {"image"}:
+        instruction = OF_IMAGES.get(template, instruction)
     return wording.render(
         words,
         question=example.question,
         subtitles=said,
-        instruction=f"{f'{WATCH} ' if watch else ''}{instruction}",
+        instruction=f"{f'{WATCH} ' if 'video' in kinds else ''}{instruction}",
         thinking=template != "direct",
     )
 

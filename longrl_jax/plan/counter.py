@@ -45,7 +45,8 @@ def work(closed_jaxpr: Any, *, num_devices: int, tile_share: float = 1.0) -> Wor
 
     Inside shard_map shapes are one device's. Outside they are everyone's, and the work is taken to
     be split evenly. A conditional with a branch that multiplies nothing is a tile of attention:
-    tile_share of them run (compiled.tiles_of); any other conditional counts its dearest branch.
+    tile_share of them run (compiled.tiles_of); any other conditional counts its dearest branch, as
+    does one around tiles, a pass that may be empty.
     """
     return _walk(closed_jaxpr.jaxpr, 1 / num_devices, tile_share)
 
@@ -92,7 +93,8 @@ def _walk(jaxpr: Any, share: float, tile_share: float) -> Work:
 def _branches(eqn: Any, share: float, tile_share: float) -> Work:
     works = [_walk(branch.jaxpr, share, tile_share) for branch in eqn.params["branches"]]
     dearest = max(works, key=lambda w: w.flops)
-    if dearest.flops and min(w.flops for w in works) == 0:
+    around_tiles = dearest.tiles > 0
+    if dearest.flops and min(w.flops for w in works) == 0 and not around_tiles:
         return Work(0.0, dearest.flops * tile_share, 1.0, dearest.unknown_loops)
     return dearest
 

@@ -53,7 +53,7 @@ def _head(plan: Plan, hardware: Hardware | None) -> list[str]:
         f"{row.question_tokens} = "
         f"{row.prompt_tokens:,} tokens of prompt, {row.answers} answers x {row.answer_tokens:,}",
         f"         padded to {plan.row_tokens:,}; {plan.num_rows} rows a step in {plan.num_passes} "
-        "passes",
+        "passes" + (", the most: shorter ones are packed" if cfg.batch.pack else ""),
         f"choices  model.remat={cfg.model.remat}, model.frozen={list(cfg.model.frozen)}, "
         f"algorithm.kl={cfg.algorithm.kl:g}"
         + (f", model.lora_rank={cfg.model.lora_rank}" if cfg.model.lora_rank else ""),

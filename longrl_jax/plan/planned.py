@@ -180,9 +180,10 @@ def _other_length(plan: Plan) -> int:
 
 
 def with_frames(cfg: Config, frames: int) -> Config:
-    """Returns the config with other frames, and limits of row and engine that let them pass."""
+    """Returns the config with other frames, a row a group, and limits of row and engine that let
+    them pass."""
     data = dataclasses.replace(cfg.data, num_frames=frames)
-    batch = dataclasses.replace(cfg.batch, max_row_tokens=2**31)
+    batch = dataclasses.replace(cfg.batch, max_row_tokens=2**31, pack=False)
     rollout = dataclasses.replace(cfg.rollout, max_model_len=2**31)
     return dataclasses.replace(cfg, data=data, batch=batch, rollout=rollout)
 

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from longrl_jax import batching, encode, models, step
+from longrl_jax import batching, encode, models, packing, step
 from longrl_jax.config import Config
 from longrl_jax.models import lora
 from longrl_jax.optimizer import make_optimizer
@@ -54,7 +54,7 @@ class Row:
 
     @property
     def tokens(self) -> int:
-        """As batching.row_tokens counts them."""
+        """As packing.row_tokens counts them."""
         return self.prompt_tokens - 1 + self.answers * self.answer_tokens
 
 
@@ -183,11 +183,19 @@ def host_passes(cfg: Config, row: Row) -> Any:
 
 
 def padded_tokens(cfg: Config, row: Row) -> int:
-    """Returns T of host_passes, without making them."""
-    shards = cfg.mesh.seq
-    smallest = -(-cfg.batch.smallest_bucket // shards)
-    parts = row.prompt_tokens - 1, row.answers * row.answer_tokens
-    return shards * sum(batching.bucket(-(-part // shards), smallest) for part in parts)
+    """Returns T of host_passes; where rows are not packed without making them."""
+    if cfg.batch.pack:
+        return host_passes(cfg, row).tokens.shape[-1]
+    shape = packing.RowShape(
+        prefix_tokens=row.prompt_tokens - 1, branch_tokens=row.answers * row.answer_tokens
+    )
+    parts = packing.sizes(
+        shape,
+        num_shards=cfg.mesh.seq,
+        smallest_bucket=cfg.batch.smallest_bucket,
+        max_row_tokens=cfg.batch.max_row_tokens,
+    )
+    return cfg.mesh.seq * sum(parts)
 
 
 def trace_all(

@@ -71,6 +71,10 @@ CURVES = {
         meaning="Prompt tokens that vLLM took from its cache.",
         percent=True,
     ),
+    "pack/fill": Curve(
+        title="Fill of rows", meaning="Places that hold a token, not padding.", percent=True
+    ),
+    "pack/examples_per_row": Curve(title="Examples a row", meaning="Mean of a step."),
     "time/step_s": Curve(title="Seconds a step", meaning="Without evaluations.", may_be_log=True),
 }
 """Key of metrics.jsonl, or last word of a reward part -> how it is shown, in the page's order."""

@@ -131,7 +131,8 @@ class Learner:
                     advantage_GR = means_of(advantages, advantage_GR.shape)
         with self._phases.phase("update"):
             state, stats = self._train_step(state, passes, reference_nBA)
-            means = averages(jax.device_get(stats)) | averages(processes.added(kl))
+            filled = update.filling(index) if self._cfg.batch.pack else {}
+            means = averages(jax.device_get(stats)) | averages(processes.added(kl | filled))
         return state, means, advantage_GR
 
     def _advantages(self, kept: journal.Entry) -> Float[np.ndarray, "G R"]:

@@ -17,12 +17,12 @@ from flax import nnx
 
 import rollout_bridge
 from longrl_jax import encode, models, processes, step
-from longrl_jax.batching import bucket
 from longrl_jax.config import Config, DataConfig, ModelConfig
 from longrl_jax.data import prompts
 from longrl_jax.models import lora
 from longrl_jax.models.lora import Lora
 from longrl_jax.optimizer import make_optimizer
+from longrl_jax.packing import bucket
 from longrl_jax.sharding import AXES, make_mesh, to_local, ulysses_size
 from longrl_jax.types import MediaLayout, Prompt
 

@@ -56,14 +56,18 @@ def run(cfg: Config) -> None:
                 for prompt in kept
             ]
             means: dict[str, float] = {}
+            num_tokens = 0.0
             _, num_groups = processes.place_of(len(groups))
             empty_steps = questions.count_empty(num_groups, empty_steps, refused)
             if num_groups:
                 with phases.phase("update"):
                     weights = [np.ones(1, np.float32)] * len(groups)
-                    passes, _ = update.make_passes(cfg, policy, groups, features, weights)
+                    passes, index = update.make_passes(cfg, policy, groups, features, weights)
                     state, stats = train_step(state, passes)
                     means = averages(jax.device_get(stats))
+                filled = processes.added(update.filling(index))
+                means |= averages(filled)
+                num_tokens, _ = filled["pack/fill"]
                 save = functools.partial(saver.export, state)
                 update.stop_if_not_finite(means, number=number, save=save)
             counts = {
@@ -72,7 +76,9 @@ def run(cfg: Config) -> None:
                 **questions.refused_by_source(cfg, refused),
                 "compilations": train_step.num_compilations,
             }
-            log.step(number, means | counts | phases.take(), shown=SHOWN)
+            times = phases.take()
+            times["time/tokens_per_second"] = num_tokens / times["time/step_s"]
+            log.step(number, means | counts | times, shown=SHOWN)
             scores = None
             if cfg.data.validation and is_due(cfg, number):
                 opened.push(engines, policy, state, version=number)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 
-from longrl_jax import batching, processes, step
+from longrl_jax import batching, packing, processes, step
 from longrl_jax.config import Config, pick
 from longrl_jax.losses import KL_ESTIMATORS, LOSSES, MEANS, nll
 from longrl_jax.optimizer import make_optimizer
@@ -24,7 +24,8 @@ def make_passes(
     features: Sequence[np.ndarray | None],
     advantages: Sequence[np.ndarray],
 ) -> tuple[Batch, batching.Index]:
-    """Lays a step's groups out as rows, one a group, and places them on the mesh in passes.
+    """Lays a step's groups out as rows and places them on the mesh in passes. A row holds one
+    group, or with batch.pack as many as fit.
 
     Every process gives its own groups, none perhaps, for the rows of its own devices. Returns also
     where the tokens of its samples went.
@@ -48,22 +49,50 @@ def make_host_passes(
         num_shards=cfg.mesh.seq,
         smallest_bucket=cfg.batch.smallest_bucket,
         max_row_tokens=cfg.batch.max_row_tokens,
-        share_videos=False,  # a step has one row a group whatever is shared; rows would only grow
+        # where a step has one row a group whatever is shared, rows would only grow
+        share_videos=cfg.batch.pack,
         agree=_agree if processes.count() > 1 else None,
+        packed=packed(cfg),
     )
-    return batching.split_passes(rows, cfg.batch.rows_per_pass // processes.count()), index
+    return batching.split_passes(rows, rows_per_pass(cfg) // processes.count()), index
 
 
-def _agree(shape: batching.RowShape) -> batching.RowShape:
+def packed(cfg: Config) -> packing.Packed | None:
+    """Returns how this process packs its rows; None: a row a group."""
+    if not cfg.batch.pack:
+        return None
+    samples = cfg.rollout.num_samples if cfg.stage == "grpo" else 1
+    return packing.Packed(
+        rows_per_pass=rows_per_pass(cfg) // processes.count(),
+        num_sequences=num_rows(cfg) // processes.count() * samples,
+    )
+
+
+def filling(index: batching.Index) -> dict[str, tuple[float, float]]:
+    """Returns (sum, count) of how full this process's rows are: `pack/fill`, the share of places
+    that are computed and hold a token, and `pack/examples_per_row`."""
+    return {
+        "pack/fill": (index.num_tokens, index.num_places),
+        "pack/examples_per_row": (len(index.rows), len(set(index.rows))),
+    }
+
+
+def _agree(shape: packing.RowShape) -> packing.RowShape:
     told = processes.gather(dataclasses.asdict(shape))
-    shapes = [batching.RowShape(**{**x, "rope_dims": tuple(x["rope_dims"])}) for x in told]
-    return batching.common_shape(shapes)
+    shapes = [packing.RowShape(**{**x, "rope_dims": tuple(x["rope_dims"])}) for x in told]
+    return packing.common_shape(shapes)
 
 
 def num_rows(cfg: Config) -> int:
-    """Returns the rows of a step: batch.groups, rounded up to whole passes over the devices."""
-    whole = cfg.batch.rows_per_pass or cfg.mesh.data * cfg.mesh.fsdp
+    """Returns the rows of a step (packed: the most): batch.groups, rounded up to whole passes over
+    the devices."""
+    whole = cfg.batch.rows_per_pass or cfg.mesh.rows
     return math.ceil(cfg.batch.groups / whole) * whole
+
+
+def rows_per_pass(cfg: Config) -> int:
+    """Returns batch.rows_per_pass where it is set or rows are packed; 0: a step is one pass."""
+    return cfg.batch.rows_per_pass or (cfg.mesh.rows if cfg.batch.pack else 0)
 
 
 def make_token_logps(
@@ -103,6 +132,7 @@ def make_grpo_update(cfg: Config, policy: Policy, state: step.TrainState) -> ste
         kl=algorithm.kl if algorithm.kl_in == "loss" else 0.0,
         kl_estimator=pick(KL_ESTIMATORS, algorithm.kl_estimator, "algorithm.kl_estimator"),
         mean=functools.partial(mean, max_tokens=cfg.rollout.max_tokens),
+        skip_empty=cfg.batch.pack,
     )
 
 
@@ -132,6 +162,7 @@ def make_sft_update(cfg: Config, policy: Policy, state: step.TrainState) -> step
         shardings=step.state_shardings(state),
         mesh=policy.mesh,
         engine_gap=False,
+        skip_empty=cfg.batch.pack,
     )
 
 
@@ -140,7 +171,7 @@ def make_pass_logps(cfg: Config, policy: Policy, *, adapters: bool = True) -> st
     make_token_logps."""
     temperature = cfg.rollout.temperature
     token_logps = make_token_logps(cfg, policy, temperature=temperature, adapters=adapters)
-    return step.make_pass_logps(token_logps, mesh=policy.mesh)
+    return step.make_pass_logps(token_logps, mesh=policy.mesh, skip_empty=cfg.batch.pack)
 
 
 def stop_if_not_finite(

@@ -322,3 +322,19 @@ def test_code_in_a_tokenizer_folder_is_not_run(tmp_path, folder):
     (copy / "tokenizer_config.json").write_text(json.dumps(settings))
     prompts.load_tokenizer(copy)
     assert not ran.exists()
+
+
+def test_nothing_is_said_to_happen_in_pictures():
+    """What is asked for follows the media: a film (beside pictures, too), pictures alone, text."""
+    film, picture = MediaFile(kind="video", path="f.mp4"), MediaFile(kind="image", path="p.png")
+
+    def words(template, *media):
+        return prompts.user_text(dataclasses.replace(TEXT, media=media), template)
+
+    assert "what you see" in words("think", picture, picture)
+    for media in ((film,), (picture, film), ()):
+        assert "what happens and when" in words("think", *media)
+        assert (prompts.WATCH in words("think", *media)) == (film in media)
+    for template in ("direct", "boxed"):
+        assert words(template, picture) == words(template)
+    assert words("think", picture).endswith("answer alone, inside <answer></answer>.")

@@ -134,6 +134,34 @@ def test_two_processes_of_four_devices_learn_what_one_of_eight_does(configured, 
 
 
 @pytest.mark.slow
+def test_two_processes_that_pack_their_own_examples_learn_what_one_does(configured, tmp_path):
+    """Which examples share a row differs, what is learned does not."""
+    one, two = (
+        configured(
+            "tiny_cpu_sft.yaml",
+            "mesh={fsdp: 2, seq: 4, simulated: true}",
+            "batch={groups: 8, max_row_tokens: 512, smallest_bucket: 64, pack: true}",
+            "data.validation=",
+            "optimizer={learning_rate: 0.001}",
+            f"run.dir={tmp_path / name}",
+            f"store.path={tmp_path / name}_store",
+        )
+        for name in ("one", "two")
+    )
+    finish(start(two, tmp_path, "killed_run.py", UNHURT, UNHURT))
+    sft.run(one)
+    a, b = tmp_path / "one", tmp_path / "two"
+    for want, got in zip(lines(a), lines(b), strict=True):
+        for name in ("loss", "grad_norm", "tokens", "groups", "refused"):
+            np.testing.assert_allclose(got[name], want[name], rtol=RTOL, err_msg=name)
+        assert min(want["pack/examples_per_row"], got["pack/examples_per_row"]) > 1.5
+    tensors = exported(a), exported(b)
+    for name, want in tensors[0].items():
+        if not name.endswith("k_proj.bias"):  # as above
+            assert np.linalg.norm(tensors[1][name] - want) <= RTOL * np.linalg.norm(want), name
+
+
+@pytest.mark.slow
 def test_a_checkpoint_of_one_layout_is_read_by_another(configured, tmp_path):
     """8 devices -> 4 -> 2 processes of 4 -> 8, bit for bit."""
     cfg = configured("tiny_cpu_sft.yaml", ONE_BY_EIGHT)

@@ -45,10 +45,22 @@ CHAINS = {  # each kill is that of a new process; (point, at its how many-th vis
     ],
 }
 
-SFT_KILLS = [  # (point, at its how many-th visit, checkpoints that are left, steps in the log)
-    ("update", 4, [2], 3),  # step 4 is made, not logged; the checkpoint is that of step 2
-    ("arrays", 2, [2], 4),  # in the checkpoint of step 4; the first visit is that of the restored
+SFT_KILLS = [  # (point, at its how many-th visit, steps in the log)
+    ("update", 4, 3),  # step 4 is made, not logged
+    ("arrays", 2, 4),  # in the checkpoint of step 4; the first visit is that of the restored
 ]
+SFT_RUNS = {  # overrides, and the checkpoints that either kill leaves
+    "a row an example": ((), [2]),
+    "packed, adapters, cosine, the best is kept": (
+        (
+            "batch.pack=true",
+            "model.lora_rank=4",
+            "optimizer={learning_rate: 0.01, schedule: cosine, warmup_steps: 2}",
+            "run.best_metric=total",
+        ),
+        [2, 3],  # step 3 is evaluated, and the best so far
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -176,12 +188,16 @@ def test_a_killed_run_ends_as_the_unbroken_one(unbroken, run_config, tmp_path, c
 
 
 @pytest.mark.slow
-def test_a_killed_sft_run_ends_as_the_unbroken_one(run_config, tmp_path):
+@pytest.mark.parametrize("name", SFT_RUNS)
+def test_a_killed_sft_run_ends_as_the_unbroken_one(run_config, tmp_path, name):
     """Without a journal: what was learned since the newest checkpoint is learned again."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    run(run_config(whole, stage="sft"))
-    path = run_config(folder, stage="sft")
-    for point, visit, kept, logged in SFT_KILLS:
+    overrides, kept = SFT_RUNS[name]
+    run(run_config(whole, *overrides, stage="sft"))
+    fullest = max(row["pack/examples_per_row"] for row in lines(whole / "metrics.jsonl"))
+    assert (fullest > 1) == ("batch.pack=true" in overrides)
+    path = run_config(folder, *overrides, stage="sft")
+    for point, visit, logged in SFT_KILLS:
         run(path, point, visit)
         assert [meta["step"] for _, meta in run_folder.metas(folder)] == kept, point
         assert len(lines(folder / "metrics.jsonl")) == logged, point

@@ -50,6 +50,23 @@ def test_a_conditional_counts_its_dearest_branch_and_a_tile_its_share():
     assert (tile.dense, tile.tiles, tile.decisions) == (0, 0.25 * 2 * D**3, 1)
 
 
+def test_a_pass_that_may_be_empty_is_no_tile():
+    """Its products outside tiles stay what they are; its tiles are counted once by their share."""
+
+    def tile(x):
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x, lambda x: x, x)
+
+    def whole_pass(x):
+        return tile(x) @ x
+
+    def maybe(x):
+        return jax.lax.cond(x.any(), whole_pass, jnp.zeros_like, x)
+
+    x = jnp.zeros((4, 4))
+    assert count(maybe, x, tile_share=0.5) == count(whole_pass, x, tile_share=0.5)
+    assert count(maybe, x, tile_share=0.5).dense == 2 * 4**3
+
+
 def test_shapes_are_everyones_outside_shard_map_and_one_devices_inside():
     mesh = make_mesh(seq=8)
     x, w = jnp.ones((8 * B, D)), jnp.ones((D, D))
