@@ -19,6 +19,7 @@ LAYER = {  # the longest prefix counts; a module that has no row fails the test
     "longrl_jax.data": 2,
     "longrl_jax.data.embed": 4,
     "longrl_jax.data.difficulty": 4,
+    "longrl_jax.data.pass_rates": 3,
     "longrl_jax.rewards": 2,
     "longrl_jax.advantages": 2,
     "longrl_jax.losses": 2,
