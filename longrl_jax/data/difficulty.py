@@ -112,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 _prepare(cfg)
             summary = run(cfg, plan)
     except (ValueError, OSError, EngineError) as error:
-        sys.exit(f"longrl_jax.data.difficulty: {error}")
+        notes = getattr(error, "__notes__", []) if isinstance(error, EngineError) else []
+        sys.exit("\n".join([f"longrl_jax.data.difficulty: {error}", *notes]))
     sys.stdout.write(f"{table(summary)}\n\nread on: {plan.out}/histogram.html, questions.jsonl\n")
 
 

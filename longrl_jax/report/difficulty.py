@@ -24,7 +24,7 @@ TEMPLATE = """\
 <p class="lead">{{ samples }} answers to a question. Kept: {{ above }} &lt; pass rate &lt;
 {{ below }}, split by {{ split_by }} into {{ sft }} for SFT and {{ rl }} for RL. {{ refused }}
 records could not be asked. {{ cut_off }} of the answers were cut off.</p>
-<div class="legend"><span><i class="key c0"></i>kept</span>
+<div class="legend" style="margin-bottom: 8px"><span><i class="key c0"></i>kept</span>
 <span><i class="key faint"></i>dropped</span></div>
 <div class="charts">
 {% for kind, counts, chart in kinds %}
