@@ -106,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         plan = plan_of(cfg, args)
         check_names(cfg)
+        _source(cfg)  # before a folder is made for it
         run_folder.make_folder(plan.out)
         with run_folder.lock(plan.out):
             if not (plan.out / SAMPLED).exists():
@@ -119,9 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(cfg: config.Config, plan: Plan) -> dict[str, Any]:
     """Samples what answers.jsonl lacks, then filters, splits and writes; returns summary.json."""
-    source = config.pick(SOURCES, cfg.data.source, "data.source")(
-        Path(cfg.data.root), cfg.data.train
-    )
+    source = _source(cfg)
     questions.refuse_repeated_ids(source, len(source))
     begin(cfg, plan)
     rows = read_journal(plan.out / ANSWERS)
@@ -308,6 +307,11 @@ def table(summary: Mapping[str, Any]) -> str:
             "refuses them unless data.template=direct"
         )
     return "\n".join(lines)
+
+
+def _source(cfg: config.Config) -> Any:
+    open_records = config.pick(SOURCES, cfg.data.source, "data.source")
+    return open_records(Path(cfg.data.root), cfg.data.train)
 
 
 def _prepare(cfg: config.Config) -> None:

@@ -25,13 +25,6 @@ def torn(bomb: killed_run.Bomb) -> None:
     run_folder.append_synced = half
 
 
-def judged(bomb: killed_run.Bomb) -> None:
-    """All answers are on disk, and nothing is made of them yet."""
-    from longrl_jax.data import difficulty
-
-    killed_run.after(difficulty, "sample", bomb)
-
-
 def main() -> None:
     path, tool, point, visit, *options = sys.argv[1:]
     cfg = config.load(path)
@@ -44,7 +37,7 @@ def main() -> None:
     rewards.REWARDS |= {"parity": killed_run.parity}
     evaluation.MAX_QUESTIONS = QUESTIONS
     if point != "none":
-        points = killed_run.POINTS | {"torn": torn, "judged": judged}
+        points = killed_run.POINTS | {"torn": torn}
         points[point](killed_run.Bomb(int(visit)))
     platform.prepare = lambda *args, **kwargs: None  # it is done, and vLLM may be imported, already
     {"embed": embed, "difficulty": difficulty}[tool].main([path, *options])

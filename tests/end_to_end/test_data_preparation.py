@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import killed_run
 import numpy as np
 import pytest
 from killed_data import QUESTIONS
-from test_bad_input import full_disk
+from test_bad_input import full_disk, under
 from test_processes import finish, start
 
 from longrl_jax import config, encode, rewards
@@ -25,6 +26,7 @@ from longrl_jax.metrics import Phases
 from longrl_jax.stages import evaluation, questions, sft
 from longrl_jax.stages import policy as opened
 from rollout_bridge import VideoStore
+from rollout_bridge.video_cache import EntryWriter
 
 SCRIPT = Path(__file__).with_name("killed_data.py")
 RTOL = 1e-5
@@ -80,11 +82,10 @@ def with_keys(cfg, tmp_path, *overrides):
 def test_what_is_encoded_beforehand_is_never_decoded_again(embedded, tmp_path, monkeypatch, capsys):
     cfg, plan = embedded
     store = Path(cfg.store.path)
-    with (
-        full_disk(),
-        pytest.raises(OSError, match=r"store cannot be written .*lower store.max_gib"),
-    ):
-        embed.run(cfg, plan)
+    with monkeypatch.context() as patch:
+        under(full_disk, patch, EntryWriter, "write", "publish")
+        with pytest.raises(OSError, match=r"store cannot be written .*lower store.max_gib"):
+            embed.run(cfg, plan)
     assert entries_of(store) == {} and not list(store.glob("*.partial"))
     dry = embed.Plan(out=plan.out, dry_run=True)
     assert embed.run(cfg, dry) == 0 and entries_of(store) == {}
@@ -123,6 +124,15 @@ def test_what_is_encoded_beforehand_is_never_decoded_again(embedded, tmp_path, m
     assert embed.run(cfg, check) == 0
     assert "every entry is there and whole" in capsys.readouterr().out
 
+    # what another run makes meanwhile is not made again
+    (store / first).unlink()
+    room = embed.check_room
+    with monkeypatch.context() as patch:
+        patch.setattr(embed, "check_room", lambda *_: other_run(cfg, plan, patch, room))
+        assert embed.run(cfg, plan) == embed.REFUSED_STATUS
+    made = re.findall(r"encoded   (\d) files", capsys.readouterr().out)
+    assert made == ["1", "0"] and entries_of(store) == whole
+
     # and training decodes nothing
     cfg = with_keys(cfg, tmp_path, "data.validation=", "run.num_steps=4")
     sft.run(cfg)
@@ -130,6 +140,11 @@ def test_what_is_encoded_beforehand_is_never_decoded_again(embedded, tmp_path, m
     assert len(steps) == 4 and sum(row["groups"] for row in steps) > 8
     assert all(row[counter] == 0 for row in steps for counter in encode.COUNTERS)
     assert entries_of(store) == whole
+
+
+def other_run(cfg, plan, patch, room):
+    patch.setattr(embed, "check_room", room)
+    embed.run(cfg, embed.Plan(out=plan.out.with_name("other")))
 
 
 @pytest.mark.slow
@@ -156,7 +171,7 @@ def test_two_processes_share_the_films(configured, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_filter_that_is_killed_is_the_one_that_was_not(configured, tmp_path, monkeypatch, capsys):
+def test_a_filter_that_is_killed_is_the_one_that_was_not(configured, tmp_path, monkeypatch):
     monkeypatch.setitem(rewards.REWARDS, "parity", killed_run.parity)
     monkeypatch.setattr(evaluation, "MAX_QUESTIONS", QUESTIONS)
     cfg = configured("tiny_cpu_grpo.yaml", "rewards={parity: 1.0}", f"store.path={tmp_path}/store")
@@ -169,20 +184,28 @@ def test_a_filter_that_is_killed_is_the_one_that_was_not(configured, tmp_path, m
         num_questions > 4 and whole["refused"] == 1 and whole["sft"] + whole["rl"] == num_questions
     )
 
-    # three kills, and then nothing is asked that a journal holds
+    # killed twice, it then asks exactly what its journal does not hold
     path = tmp_path / "filter.yaml"
     path.write_text(config.to_yaml(cfg))
     out = tmp_path / "killed"
     options = (f"--out={out}", "--samples=4", "--part=parity/odd")
-    rows = []
-    for point, visit in (("rollout", 18), ("torn", 1), ("judged", 1)):
+    journaled = []
+    for point, visit in (("rollout", 18), ("torn", 1)):  # a batch draws 12 tokens
         killed(path, "difficulty", point, visit, *options)
-        rows.append((out / "answers.jsonl").read_bytes().count(b"\n"))
-    total = len(lines(plan.out / "answers.jsonl"))
-    assert rows[0] == QUESTIONS < rows[1] < 2 * QUESTIONS < rows[2] == total
+        whole_lines = (out / "answers.jsonl").read_bytes().split(b"\n")[:-1]
+        journaled.append([json.loads(line)["id"] for line in whole_lines])
+    assert len(journaled[0]) == QUESTIONS < len(journaled[1]) < 2 * QUESTIONS
+    asked = []
+
+    def answer(cfg, policy, engines, batch, *rest, **named):
+        asked.extend(prompt.example.id for prompt in batch)
+        return answer_them(cfg, policy, engines, batch, *rest, **named)
+
+    answer_them = evaluation.answer
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "answer", None)
+        patch.setattr(evaluation, "answer", answer)
         assert difficulty.run(cfg, difficulty.Plan(**vars(plan) | {"out": out})) == whole
+    assert journaled[1] + asked == [row["id"] for row in lines(plan.out / "answers.jsonl")]
     for name in ("answers.jsonl", "questions.jsonl", "kept.jsonl", "sft.jsonl", "rl.jsonl"):
         assert (out / name).read_bytes() == (plan.out / name).read_bytes(), name
 
