@@ -49,6 +49,19 @@ class Encoder:
     """Of every weight that the stage applies, and of what else its numbers depend on."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Watch:
+    """Who is told of the work on media while it is done."""
+
+    clock: Callable[[str, float], None] = lambda phase, seconds: None
+    """Of the seconds spent waiting for the decoder (decode) and the devices (encode)."""
+    count: Callable[[str, int], None] = lambda counter, frames: None
+    """Of frames (COUNTERS) that came from a decoder and that went through the tower; an image
+    counts as its unit's."""
+    stored: Callable[[Media], None] = lambda medium: None
+    """Of a medium whose entry is whole and on disk."""
+
+
 def make_encoder(
     graphdef: nnx.GraphDef,
     frozen: nnx.State,
@@ -117,22 +130,15 @@ def embed(
 ) -> tuple[dict[str, np.ndarray], dict[str, video.VideoError]]:
     """Returns {Media.key: memory-mapped features [M, C]} and {Media.key: why it was refused}.
 
-    A key that the store holds decodes nothing. The others are decoded by the pool's processes
-    while the devices encode; `clock` is told the seconds spent waiting for either (decode, encode),
-    `count` the frames (COUNTERS) that came from a decoder and that went through the tower; an image
-    counts as its unit's. `decoder` is for videos. A refused file leaves nothing in the store,
-    however much of it could be read.
+    A key that the store holds decodes nothing; the others are for `encode_media`. clock, count: as
+    in Watch.
     """
     media = {m.key: m for prompt in prompts for m in prompt.media}
-    names = {
-        key: video_cache.entry_key(
-            key, encoder.digest, encoder.stage, encoder.dtype, (m.num_tokens, encoder.width)
-        )
-        for key, m in media.items()
-    }
+    names = {key: entry_name(encoder, m) for key, m in media.items()}
     found = {key: store.get(name) for key, name in names.items()}
     missing = [media[key] for key, value in found.items() if value is None]
-    refused = _encode_missing(encoder, missing, names, store, pool, decoder, clock, count)
+    watch = Watch(clock=clock, count=count)
+    refused = encode_media(encoder, missing, store, pool, decoder=decoder, watch=watch)
     for m in missing:
         if m.key not in refused:
             found[m.key] = store.get(names[m.key])
@@ -140,6 +146,76 @@ def embed(
     lost = set(media) - set(features) - set(refused)
     assert not lost, f"entries {sorted(lost)} left the store as soon as they were written"
     return features, refused
+
+
+def entry_name(encoder: Encoder, medium: Media) -> str:
+    """Returns the name, in the store, of what the encoder makes of a medium."""
+    shape = medium.num_tokens, encoder.width
+    return video_cache.entry_key(medium.key, encoder.digest, encoder.stage, encoder.dtype, shape)
+
+
+def encode_media(
+    encoder: Encoder,
+    media: Sequence[Media],
+    store: video_cache.VideoStore,
+    pool: video.DecoderPool,
+    *,
+    decoder: str,
+    watch: Watch,
+) -> dict[str, video.VideoError]:
+    """Encodes media into the store, whatever it holds; returns {Media.key: why it was refused}.
+
+    The pool's processes decode while the devices encode, in the order that chunks arrive. `decoder`
+    is for videos. A refused file leaves nothing in the store, however much of it could be read.
+    """
+    jobs = [job_of(m, decoder) for m in media]
+    chunks = [  # an image comes whole
+        m.view.inputs if m.kind == "image" else encoder.chunk_sizes(m.view)[-1] for m in media
+    ]
+    refused: dict[str, video.VideoError] = {}
+    writers: dict[int, video_cache.EntryWriter] = {}
+    images: dict[View, list[tuple[Media, np.ndarray]]] = {}
+    write_images = functools.partial(_write_images, encoder, store, watch)
+    started_s = time.perf_counter()
+    try:
+        for item in pool.decode(jobs, chunk=chunks):
+            decoded_s = time.perf_counter()
+            watch.clock("decode", decoded_s - started_s)
+            m, i = media[item.job_index], item.job_index
+            if isinstance(item, video.Failed):
+                refused[m.key] = item.error
+                if i in writers:
+                    writers.pop(i).discard()
+            elif m.kind == "image":
+                watch.count(DECODED, len(item.frames))
+                waiting = images.setdefault(m.view, [])
+                waiting.append((m, item.frames))
+                if (len(waiting) + 1) * m.view.inputs > encoder.chunk_sizes(m.view)[0]:
+                    write_images(images.pop(m.view))
+                if sum(map(len, images.values())) >= MAX_WAITING:
+                    write_images(images.pop(max(images, key=lambda view: len(images[view]))))
+            else:
+                if i not in writers:
+                    shape = (m.num_tokens, encoder.width)
+                    writers[i] = store.writer(entry_name(encoder, m), shape, encoder.dtype)
+                watch.count(DECODED, len(item.frames))
+                writers[i].write(encode_chunk(encoder, item.frames, m.view))
+                watch.count(ENCODED, len(item.frames))
+                if item.first_frame + len(item.frames) == len(m.times_s):
+                    writers.pop(i).publish()
+                    watch.stored(m)
+            started_s = time.perf_counter()
+            watch.clock("encode", started_s - decoded_s)
+        decoded_s = time.perf_counter()
+        watch.clock("decode", decoded_s - started_s)
+        for together in images.values():
+            write_images(together)
+        watch.clock("encode", time.perf_counter() - decoded_s)
+        assert not writers, f"{len(writers)} files ended early without an error"
+    finally:
+        for writer in writers.values():
+            writer.discard()
+    return refused
 
 
 def encode_chunk(encoder: Encoder, frames: UInt8[np.ndarray, "F Y X 3"], view: View) -> np.ndarray:
@@ -185,71 +261,10 @@ def features_of(prompt: Prompt, features: Mapping[str, np.ndarray]) -> np.ndarra
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _encode_missing(
-    encoder: Encoder,
-    media: Sequence[Media],
-    names: Mapping[str, str],
-    store: video_cache.VideoStore,
-    pool: video.DecoderPool,
-    decoder: str,
-    clock: Callable[[str, float], None],
-    count: Callable[[str, int], None],
-) -> dict[str, video.VideoError]:
-    """Decodes and encodes in the order that chunks arrive; returns the refused by Media.key."""
-    jobs = [job_of(m, decoder) for m in media]
-    chunks = [  # an image comes whole
-        m.view.inputs if m.kind == "image" else encoder.chunk_sizes(m.view)[-1] for m in media
-    ]
-    refused: dict[str, video.VideoError] = {}
-    writers: dict[int, video_cache.EntryWriter] = {}
-    images: dict[View, list[tuple[Media, np.ndarray]]] = {}
-    write_images = functools.partial(_write_images, encoder, names, store, count)
-    started_s = time.perf_counter()
-    try:
-        for item in pool.decode(jobs, chunk=chunks):
-            decoded_s = time.perf_counter()
-            clock("decode", decoded_s - started_s)
-            m, i = media[item.job_index], item.job_index
-            if isinstance(item, video.Failed):
-                refused[m.key] = item.error
-                if i in writers:
-                    writers.pop(i).discard()
-            elif m.kind == "image":
-                count(DECODED, len(item.frames))
-                waiting = images.setdefault(m.view, [])
-                waiting.append((m, item.frames))
-                if (len(waiting) + 1) * m.view.inputs > encoder.chunk_sizes(m.view)[0]:
-                    write_images(images.pop(m.view))
-                if sum(map(len, images.values())) >= MAX_WAITING:
-                    write_images(images.pop(max(images, key=lambda view: len(images[view]))))
-            else:
-                if i not in writers:
-                    shape = (m.num_tokens, encoder.width)
-                    writers[i] = store.writer(names[m.key], shape, encoder.dtype)
-                count(DECODED, len(item.frames))
-                writers[i].write(encode_chunk(encoder, item.frames, m.view))
-                count(ENCODED, len(item.frames))
-                if item.first_frame + len(item.frames) == len(m.times_s):
-                    writers.pop(i).publish()
-            started_s = time.perf_counter()
-            clock("encode", started_s - decoded_s)
-        decoded_s = time.perf_counter()
-        clock("decode", decoded_s - started_s)
-        for together in images.values():
-            write_images(together)
-        clock("encode", time.perf_counter() - decoded_s)
-        assert not writers, f"{len(writers)} files ended early without an error"
-    finally:
-        for writer in writers.values():
-            writer.discard()
-    return refused
-
-
 def _write_images(
     encoder: Encoder,
-    names: Mapping[str, str],
     store: video_cache.VideoStore,
-    count: Callable[[str, int], None],
+    watch: Watch,
     images: Sequence[tuple[Media, np.ndarray]],
 ) -> None:
     """Encodes the frames of images of one view together, and stores each."""
@@ -258,6 +273,7 @@ def _write_images(
     chunks = [frames[i : i + most] for i in range(0, len(frames), most)]
     features_MC = np.concatenate([encode_chunk(encoder, chunk, view) for chunk in chunks])
     for (m, _), rows in zip(images, np.split(features_MC, len(images)), strict=True):
-        with store.writer(names[m.key], rows.shape, encoder.dtype) as writer:
+        with store.writer(entry_name(encoder, m), rows.shape, encoder.dtype) as writer:
             writer.write(rows)
-    count(ENCODED, len(frames))
+        watch.stored(m)
+    watch.count(ENCODED, len(frames))

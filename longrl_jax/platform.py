@@ -52,6 +52,8 @@ def prepare(
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{share:.2f}")
     import jax
 
+    if mesh.simulated:
+        jax.config.update("jax_platforms", "cpu")  # jax may have read its variable before
     if compilation_cache:
         jax.config.update("jax_compilation_cache_dir", compilation_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

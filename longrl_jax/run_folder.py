@@ -6,6 +6,7 @@ when it was made; going on from it cuts them to that length, so each step stands
 """
 
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -232,6 +233,22 @@ def write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
     partial.rename(path)
     sync_folder(path.parent)
+
+
+def append_synced(path: Path, content: bytes) -> None:
+    """Adds to the end of a file; it is on disk when this returns. A file that takes only a part of
+    it is cut to its old length."""
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(before)
+            raise
+    if not before:
+        sync_folder(path.parent)
 
 
 def make_folder(path: Path) -> None:

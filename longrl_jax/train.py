@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _train(cfg)
     except BaseException as error:
-        _leave_the_others(error)
+        leave_the_others(error)
 
 
 def _train(cfg: config.Config) -> None:
@@ -155,7 +155,7 @@ def _lost_another(error: Exception) -> bool:
     return any(name in str(error) for name in ("Gloo", "NCCL", "coordination service"))
 
 
-def _leave_the_others(error: BaseException) -> NoReturn:
+def leave_the_others(error: BaseException) -> NoReturn:
     """Says an error and ends this process at once: an orderly exit would wait for the others, who
     wait for this one. Its connections close with it, and that ends them."""
     if isinstance(error, SystemExit):

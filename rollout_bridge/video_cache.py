@@ -29,6 +29,8 @@ HEADER_BYTES = 4096
 """A page, so that the data behind it is aligned for a memory map."""
 SUFFIX = ".emb"
 PARTIAL = ".partial"
+MISSING = "it is missing"
+"""What VideoStore.problem says of an entry that is not there."""
 WAY_OUT = "free some space, lower store.max_gib, or set store.path to a folder on another disk"
 
 
@@ -89,6 +91,27 @@ class VideoStore:
             return self._fresh.pop(key)
         with self._exclusive():
             return self._map(key)
+
+    def problem(
+        self, key: str, shape: Sequence[int], dtype: Any, *, read: bool = False
+    ) -> str | None:
+        """Says what is wrong with an entry, None if nothing is; touches and deletes nothing.
+
+        read: reads its data, too, and compares their checksum.
+        """
+        path = self._entry(key)
+        try:
+            with path.open("rb") as file:
+                header = _read_header(file.fileno())
+            if header is None:
+                return "its header or its size is damaged"
+            if header != (np.dtype(dtype), tuple(shape)):
+                return f"it holds {header[0]}{list(header[1])}, not {np.dtype(dtype)}{list(shape)}"
+            return "its checksum is wrong" if read and not verify(path) else None
+        except FileNotFoundError:
+            return MISSING
+        except OSError as error:  # a sector that cannot be read
+            return f"it cannot be read ({error.strerror})"
 
     def writer(self, key: str, shape: Sequence[int], dtype: Any) -> "EntryWriter":
         """Opens an entry for writing in chunks of its first dimension.

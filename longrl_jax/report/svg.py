@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 380, 210
@@ -251,20 +251,32 @@ def stacked_bars(
             top = min(base + part, most)
             if top > base:
                 colour = "faint" if k == last_first else f"c{k % NUM_COLOURS}"
-                drawn.append(
-                    Markup(
-                        '<rect x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" class="{}"/>'
-                    ).format(
-                        left + 0.5,
-                        y(top),
-                        max(right - left - 1, 0.5),
-                        y(base) - y(top),
-                        f"fill {colour}",
-                    )
-                )
+                end = max(right - 0.5, left + 1)
+                drawn.append(_bar(left + 0.5, y(top), end, y(base), f"fill {colour}"))
             base += part
         if base > most * 1.001:
             drawn.append(_label((left + right) / 2, TOP - 2, f"{base:.0f}", "middle", "over"))
+    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        WIDTH, HEIGHT, label, Markup("").join(drawn)
+    )
+
+
+def histogram(counts_NK: Int[np.ndarray, "N K"], *, label: str, x_name: str) -> Markup:
+    """Draws a bar over every number 0 to N-1, of K stacked parts, the last one faint, with its
+    height over it."""
+    totals = counts_NK.sum(axis=1)
+    x = Axis(-0.5, len(totals) - 0.5, LEFT, WIDTH - RIGHT)
+    y = Axis(0.0, 1.08 * max(int(totals.max()), 1), HEIGHT - BOTTOM, TOP)
+    drawn = [_grid(x, y, percent=False, x_name=x_name)]
+    for i, parts in enumerate(counts_NK):
+        left, right, base = x(i - 0.4), x(i + 0.4), 0
+        for k, part in enumerate(parts.tolist()):
+            colour = "faint" if k == counts_NK.shape[1] - 1 else f"c{k % NUM_COLOURS}"
+            if part:
+                drawn.append(_bar(left, y(base + part), right, y(base), f"fill {colour}"))
+            base += part
+        if base:
+            drawn.append(_label((left + right) / 2, y(base) - 3, str(base), "middle", "over"))
     return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         WIDTH, HEIGHT, label, Markup("").join(drawn)
     )
@@ -329,14 +341,14 @@ def _value_axis(series: Sequence[Series], *, percent: bool, may_be_log: bool) ->
     return Axis(0.0 if 0 <= low < 0.3 * high else low - margin, high + margin, bottom, top)
 
 
-def _grid(x: Axis, y: Axis, *, percent: bool) -> Markup:
+def _grid(x: Axis, y: Axis, *, percent: bool, x_name: str = "step") -> Markup:
     parts = []
     for tick in y.ticks(5):
         parts.append(_line(LEFT, y(tick), WIDTH - RIGHT, y(tick), "grid"))
         parts.append(_label(LEFT - 6, y(tick) + 4, short(tick, percent=percent), "end"))
     whole = [tick for tick in x.ticks(6) if tick == round(tick)]
     parts.extend(_label(x(tick), HEIGHT - BOTTOM + 15, f"{tick:.0f}", "middle") for tick in whole)
-    parts.append(_label((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, "step", "middle"))
+    parts.append(_label((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 4, x_name, "middle"))
     parts.append(_line(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, HEIGHT - BOTTOM, "axis"))
     return Markup("").join(parts)
 
@@ -377,6 +389,11 @@ def _hover(series: Series) -> dict[str, object]:
         "values": [plain(value) for value in series.values],
         "dots": [[int(d.step), plain(d.value), plain(d.low), plain(d.high)] for d in series.dots],
     }
+
+
+def _bar(left: float, top: float, right: float, bottom: float, kind: str) -> Markup:
+    form = '<rect x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" class="{}"/>'
+    return Markup(form).format(left, top, right - left, bottom - top, kind)
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:

@@ -1,6 +1,7 @@
 """The embedding store: what is read is what was written, whatever died, and within its bound."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -157,6 +158,27 @@ def test_verify_finds_a_flipped_bit(tmp_path):
     data[-5] ^= 1
     path.write_bytes(data)
     assert not verify(path)
+
+
+def test_problems_are_named_and_nothing_is_touched(tmp_path):
+    store, x = VideoStore(tmp_path, BIG), numbers(0)
+    put(store, "a", x)
+    path, about = tmp_path / "a.emb", ((8, 4), np.float32)
+    whole, before = path.read_bytes(), path.stat().st_mtime_ns
+    assert store.problem("a", *about, read=True) is None
+    assert store.problem("b", *about) == "it is missing"
+    assert store.problem("a", (8, 2), np.float32) == "it holds float32[8, 4], not float32[8, 2]"
+    assert "not float16[8, 4]" in store.problem("a", (8, 4), np.float16)
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert store.problem("a", *about) is None  # its header says nothing of that
+    assert store.problem("a", *about, read=True) == "its checksum is wrong"
+    for damage in (whole[:-1], whole[:100], b"x" + whole[1:]):
+        path.write_bytes(damage)
+        assert store.problem("a", *about) == "its header or its size is damaged"
+        assert path.read_bytes() == damage
+    os.utime(path, ns=(before, before))
+    store.problem("a", *about, read=True)
+    assert path.stat().st_mtime_ns == before
 
 
 def test_the_least_recently_used_entry_goes_first(tmp_path):
