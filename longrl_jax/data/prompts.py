@@ -168,7 +168,9 @@ def encode_prompt(
         if file.kind == "image":
             medium = _image(path, layout, num_images)
         else:
-            medium = _video(path, layout, num_frames=num_frames, fps=fps, decoder=decoder)
+            medium = _video(
+                path, layout, file.span_s, num_frames=num_frames, fps=fps, decoder=decoder
+            )
         tokens, of_media = _media_tokens(medium, layout, tokenizer, timestamp)
         offset = sum(map(len, pieces)) + int(of_media.argmax())
         media.append(dataclasses.replace(medium, offset=offset))
@@ -250,7 +252,8 @@ def _media_tokens(
             pieces += frame * (times * num_units)
         else:
             for t in medium.times_s[:: view.unit_frames // times]:
-                pieces += [*_tokens(timestamp.format(t=t), tokenizer), *frame]
+                told = timestamp.format(t=t - medium.times_s[0])
+                pieces += [*_tokens(told, tokenizer), *frame]
         pieces += ending
     tokens = np.array(pieces, np.int32)
     return tokens, tokens == media_token
@@ -266,11 +269,21 @@ def _unit_texts(medium: Media, layout: MediaLayout, tokenizer: Any) -> tuple[lis
     return opening, closing
 
 
-def _video(path: Path, layout: MediaLayout, *, num_frames: int, fps: float, decoder: str) -> Media:
+def _video(
+    path: Path,
+    layout: MediaLayout,
+    span_s: tuple[float, float] | None,
+    *,
+    num_frames: int,
+    fps: float,
+    decoder: str,
+) -> Media:
     said = video.probe(path, decoder=decoder)
-    times_s = video.frame_times(said.duration_s, num_frames=num_frames, fps=fps)
-    view = layout.video(said.height, said.width, len(times_s))
-    unit_s = view.unit_frames * times_s[1] if len(times_s) > 1 else 1.0
+    start_s, end_s = span_s or (0.0, said.duration_s)
+    offsets_s = video.frame_times(end_s - start_s, num_frames=num_frames, fps=fps)
+    view = layout.video(said.height, said.width, len(offsets_s))
+    unit_s = view.unit_frames * offsets_s[1] if len(offsets_s) > 1 else 1.0
+    times_s = tuple(start_s + offset_s for offset_s in offsets_s)
     times_s += times_s[-1:] * (-len(times_s) % view.unit_frames)
     return _medium(
         "video",
