@@ -116,10 +116,7 @@ def real_clip(package: Path) -> list[str]:
         f"\nReplies: {totals.replies} of use, {totals.refused} of none (asked again), "
         f"{totals.prompt_tokens} and {totals.completion_tokens} tokens.\n",
         "| stage | left out because | detail |\n|---|---|---|",
-        *(
-            f"| {x['stage']} | {x['reason']} | {x.get('detail', '')[:90]!r} |".replace("\\n", " ")
-            for x in rejects
-        ),
+        *(f"| {x['stage']} | {x['reason']} | `{_cell(x.get('detail', ''))}` |" for x in rejects),
     ]
 
 
@@ -147,6 +144,11 @@ def _compared(cfg: settings.GenerateConfig, name: str, story: stories.Story) -> 
         seen[f"asked {item['kind']}"] += 1
         seen[f"right {item['kind']}"] += known == answer
     return seen
+
+
+def _cell(text: str) -> str:
+    """A text for a table, in one line."""
+    return " ".join(text.replace("|", "/").replace("`", "'").replace("\\n", " ").split())[:90]
 
 
 def _generate(config: str) -> tuple[float, str]:
