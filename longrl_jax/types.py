@@ -31,6 +31,9 @@ class MediaFile:
     """Under data.root."""
     at: int = 0
     """Character of the question that it stands before; 0: before all words."""
+    span_s: tuple[float, float] | None = None
+    """Part of a video that is asked about, in seconds from its first frame, as if the file were cut
+    to it (and times are told from there); None: all of it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,12 @@ import pytest
 from longrl_jax import config
 from longrl_jax.sharding import KERNELS, KINDS
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+GENERATIONS = "generate"  # a folder of configs of data.generate: tests/data/test_generate_run.py
+CONFIGS = sorted(
+    path
+    for path in (Path(__file__).parents[1] / "configs").rglob("*.yaml")
+    if path.parent.name != GENERATIONS
+)
 SMALL = """
 stage: grpo
 model: {path: some/folder}

@@ -6,6 +6,7 @@ picture.
 """
 
 import contextlib
+import io
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -61,6 +62,15 @@ def write_png(path: str | os.PathLike[str], picture: np.ndarray) -> None:
     from PIL import Image
 
     Image.fromarray(picture).save(path, "PNG")
+
+
+def jpeg(picture: np.ndarray, *, quality: int) -> bytes:
+    """Returns a JPEG file; picture: uint8 [H, W, 3]; quality: 1 to 95, as Pillow has it."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "JPEG", quality=quality)
+    return file.getvalue()
 
 
 def _cut(picture_YX3: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -3,12 +3,15 @@
 Source: the card of LongVideo-Reason/longvideo-reason (fields problem_id, problem, data_type,
 problem_type, reasoning, videos, answer). The plain form has the names of types.Example: id,
 question, answer, kind, reasoning, tags (an object of texts), subtitles (a path), with video,
-videos, image or images for the media. Other fields are left alone. Media stand where the question
+videos, image or images for the media, and span ([start, end] in seconds) for a part of one video.
+Other fields are left alone. Media stand where the question
 says <image> and <video>, as in Long-RL and EasyR1 (verl/utils/dataset.py), or all before its words.
 """
 
+import dataclasses
 import functools
 import itertools
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -83,6 +86,7 @@ def to_example(tree: Any, *, root: Path, where: str) -> Example:
             f"{media_type}s",
         )
     question, media = _placed(texts.pop("question"), files, where)
+    media = _with_span(media, tree.get("span"), where)
     return Example(
         **texts,
         question=question,
@@ -109,6 +113,9 @@ def to_record(example: Example) -> dict[str, Any]:
         paths = [file.path for file in example.media if file.kind == kind]
         if paths:
             tree |= {one: paths[0]} if len(paths) == 1 else {many: paths}
+    spans = [file.span_s for file in example.media if file.span_s]
+    if spans:
+        tree["span"] = list(spans[0])
     tree["reasoning"] = example.reasoning
     if example.tags:
         tree["tags"] = dict(example.tags)
@@ -175,6 +182,24 @@ def _paths(tree: dict[str, Any], kind: str, root: Path, where: str) -> list[str]
     for path in paths:
         check_inside(kind, path, root, where)
     return paths
+
+
+def _with_span(media: tuple[MediaFile, ...], value: Any, where: str) -> tuple[MediaFile, ...]:
+    """Gives a record's only video the part of it that is asked about."""
+    if value is None:
+        return media
+    numbers = value if isinstance(value, list) else []
+    good = len(numbers) == 2 and all(type(x) in (int, float) for x in numbers)
+    if not good or not 0 <= numbers[0] < numbers[1] < math.inf:
+        raise RecordError(
+            where, f"span={shown(value)} must be [start, end], in seconds, 0 <= start < end"
+        )
+    if sum(file.kind == "video" for file in media) != 1:
+        raise RecordError(where, "span is a part of one video; the record has none, or several")
+    span_s = (float(numbers[0]), float(numbers[1]))
+    return tuple(
+        dataclasses.replace(file, span_s=span_s) if file.kind == "video" else file for file in media
+    )
 
 
 def _subtitles(value: Any, root: Path, where: str) -> str:

@@ -190,7 +190,9 @@ def encode_prompt(
         if file.kind == "image":
             media.append(_image(path, layout, num_images))
         else:
-            media.append(_video(path, layout, num_frames=num_frames, fps=fps, decoder=decoder))
+            media.append(
+                _video(path, layout, file.span_s, num_frames=num_frames, fps=fps, decoder=decoder)
+            )
     above, inside = _subtitles(example, media, words.subtitles, root, tokenizer)
     asked, begin = _user_text(example, template, words, above)
     texts = _between_media(example, asked, begin, layout, tokenizer)
@@ -310,7 +312,7 @@ def _media_tokens(
         else:
             pieces += _lines_after(left, 0, tokenizer)
             for i, t in enumerate(medium.times_s[::stride]):
-                stamp = timestamp.format(t=t)
+                stamp = timestamp.format(t=t - medium.times_s[0])
                 frames = range(i * stride + 1, (i + 1) * stride + 1)
                 pieces += [*_tokens(stamp, tokenizer), *frame]
                 pieces += [x for n in frames for x in _lines_after(left, n, tokenizer)]
@@ -335,11 +337,21 @@ def _unit_texts(medium: Media, layout: MediaLayout, tokenizer: Any) -> tuple[lis
     return opening, closing
 
 
-def _video(path: Path, layout: MediaLayout, *, num_frames: int, fps: float, decoder: str) -> Media:
+def _video(
+    path: Path,
+    layout: MediaLayout,
+    span_s: tuple[float, float] | None,
+    *,
+    num_frames: int,
+    fps: float,
+    decoder: str,
+) -> Media:
     said = video.probe(path, decoder=decoder)
-    times_s = video.frame_times(said.duration_s, num_frames=num_frames, fps=fps)
-    view = layout.video(said.height, said.width, len(times_s))
-    unit_s = view.unit_frames * times_s[1] if len(times_s) > 1 else 1.0
+    start_s, end_s = span_s or (0.0, said.duration_s)
+    offsets_s = video.frame_times(end_s - start_s, num_frames=num_frames, fps=fps)
+    view = layout.video(said.height, said.width, len(offsets_s))
+    unit_s = view.unit_frames * offsets_s[1] if len(offsets_s) > 1 else 1.0
+    times_s = tuple(start_s + offset_s for offset_s in offsets_s)
     times_s += times_s[-1:] * (-len(times_s) % view.unit_frames)
     return _medium(
         "video",

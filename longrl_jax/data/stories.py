@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from longrl_jax.types import Example
+from longrl_jax.types import Example, MediaFile
 
 COLORS = {
     "red": (230, 40, 40),
@@ -50,6 +50,8 @@ GUESS = "guess"
 """How a reasoning begins that looks at nothing."""
 LOOKS = 8
 """Times that a lesson of looking asks for."""
+CAPTION_SECONDS = 8
+"""Of a part of a film that a lesson of captions describes."""
 MIDDLE = (0.3, 0.7)
 """Part of a visitor's way in which it is in the middle; before, it is at its own side."""
 
@@ -231,6 +233,21 @@ def lesson_looking(story: Story, rng: np.random.Generator, *, id: str) -> Exampl
         answer=story.pads[corner],
         kind="looking",
         reasoning="".join(looks) + _pads(story),
+    )
+
+
+def lesson_caption(story: Story, first: int, *, id: str) -> Example:
+    """Says what happens in CAPTION_SECONDS of a film from frame `first` on; the answer is that, and
+    the medium the part of the film."""
+    frames = range(first, first + CAPTION_SECONDS * FPS, SECONDS_BETWEEN * FPS)
+    looks = dict.fromkeys(shown(story, frame) for frame in frames)  # in order, once each
+    span_s = (first / FPS, first / FPS + CAPTION_SECONDS)
+    return Example(
+        id=f"{id}-{first}-caption",
+        question="who is there ?",
+        answer=" ".join(f"{look}." for look in looks),
+        kind="caption",
+        media=(MediaFile(kind="video", path="", span_s=span_s),),
     )
 
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from longrl_jax.data import prompts
 from longrl_jax.data.longvideo_reason import to_record
 from longrl_jax.data.stories import (
+    CAPTION_SECONDS,
     CHOICE_KINDS,
     COLORS,
     FPS,
@@ -35,6 +36,7 @@ from longrl_jax.data.stories import (
     Story,
     Visitor,
     ask,
+    lesson_caption,
     lesson_looking,
     lesson_naming,
     lesson_options,
@@ -44,7 +46,7 @@ from longrl_jax.data.stories import (
 from longrl_jax.types import Example, MediaFile
 
 SPLITS = ("train", "validation")
-LESSONS = ("options", "told", "naming", "looking", "grounding")
+LESSONS = ("options", "told", "naming", "looking", "captions", "grounding")
 """Files of lessons beside train.jsonl; grounding.jsonl mixes looking, told and train."""
 LOOKING_PER_CLIP = 4
 HASTY = dict.fromkeys(CHOICE_KINDS, 0.3) | dict.fromkeys(FREE_KINDS, 0.7)
@@ -102,8 +104,9 @@ def write_dataset(
     """Writes videos/NNNNN.mp4, train.jsonl, validation.jsonl (other films) and corpus.txt.
 
     careful: no reasoning of train.jsonl guesses. lessons: also writes so many text lessons each as
-    options.jsonl and told.jsonl, and for each training film one as naming.jsonl and
-    LOOKING_PER_CLIP as looking.jsonl; grounding.jsonl mixes looking with some of told and train.
+    options.jsonl and told.jsonl, and for each training film one as naming.jsonl, LOOKING_PER_CLIP
+    as looking.jsonl and one for every CAPTION_SECONDS as captions.jsonl; grounding.jsonl mixes
+    looking with some of told and train.
     minutes: of a film that has many scenes (make_film); 0: one scene.
     train.jsonl comes last: where it exists, all else is whole.
     The held-out films do not depend on the number of training films, nor the other way round.
@@ -139,7 +142,8 @@ def write_dataset(
         records[split] += [dataclasses.replace(example, media=film) for example in asked]
         if lessons and split == "train":
             for name, lesson in make_film_lessons(story, seed, index):
-                records[name].append(dataclasses.replace(lesson, media=film))
+                parts = [dataclasses.replace(part, path=path) for part in lesson.media]
+                records[name].append(dataclasses.replace(lesson, media=tuple(parts) or film))
     records |= make_text_lessons(seed, lessons)
     looking = records["looking"]
     mixed = [*looking, *records["told"][: len(looking) // 3], *records["train"][::2]]
@@ -157,6 +161,8 @@ def make_film_lessons(story: Story, seed: int, index: int) -> Iterator[tuple[str
     yield "naming", lesson_naming(story, id=str(index))
     for i in range(LOOKING_PER_CLIP):
         yield "looking", lesson_looking(story, rng, id=f"{index}-{i}")
+    for first in range(0, NUM_FRAMES, CAPTION_SECONDS * FPS):
+        yield "captions", lesson_caption(story, first, id=str(index))
 
 
 def make_text_lessons(seed: int, number: int) -> dict[str, list[Example]]:

@@ -101,6 +101,19 @@ class Probe:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """When the frames of a file are shown, counted from the first one."""
+
+    starts_s: np.ndarray
+    """float64 [F], ascending from 0; gaps of any size."""
+    end_s: float
+    """When the last frame ends."""
+    height: int
+    """In pixels, as shown: after the rotation that the container asks for."""
+    width: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
     """Frames wanted of one file."""
 
@@ -150,6 +163,36 @@ def probe(path: str | os.PathLike[str], *, decoder: str) -> Probe:
         return Probe(
             duration_s=duration_s, num_frames=stream.frames, height=codec.height, width=codec.width
         )
+
+
+def timeline(path: str | os.PathLike[str]) -> Timeline:
+    """Reads every coded frame's time stamp, and the first picture; raises VideoError.
+
+    Unlike Probe.duration_s it holds for a film that starts late, and for one of variable rate.
+    """
+    path = os.fspath(path)
+    _check_file(path)
+    with _open(path, "pyav") as (container, stream):
+        first = next(_decode(container, stream, path), None)
+        if first is None:
+            raise _error("empty", path, "holds no frame")
+        height, width = first.height, first.width
+        if round(first.rotation / 90) % 2:
+            height, width = width, height
+        zero_s = first.time
+    spans_s = []
+    with _open(path, "pyav") as (container, stream):
+        for packet in container.demux(stream):
+            _check_whole(packet, path)
+            if packet.pts is not None:
+                start_s = float(packet.pts * packet.time_base) - zero_s
+                spans_s.append((start_s, float((packet.duration or 0) * packet.time_base)))
+    spans_s = sorted(span for span in spans_s if span[0] > -TOLERANCE_S)  # an edit list hides some
+    starts_s = np.maximum([start_s for start_s, _ in spans_s], 0.0)
+    end_s = float(starts_s[-1]) + spans_s[-1][1]
+    if end_s <= 0:
+        raise _error("no_duration", path, "does not say how long its only frame is shown")
+    return Timeline(starts_s=starts_s, end_s=end_s, height=height, width=width)
 
 
 def probe_image(path: str | os.PathLike[str]) -> tuple[int, int]:

@@ -73,6 +73,30 @@ def test_bad_tags_and_subtitles_are_refused(tmp_path, field, value, said):
         _ = write(tmp_path, PLAIN | {field: value})[0]
 
 
+def test_a_record_may_be_about_a_part_of_its_video(tmp_path):
+    example = write(tmp_path, PLAIN | {"span": [8, 16.5]})[0]
+    assert example.media[0].span_s == (8.0, 16.5)
+    assert write(tmp_path, to_record(example))[0] == example
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        (PLAIN | {"span": [8]}, "span=[8] must be [start, end], in seconds"),
+        (PLAIN | {"span": [16, 8]}, "0 <= start < end"),
+        (PLAIN | {"span": [-1, 8]}, "0 <= start < end"),
+        (PLAIN | {"span": ["0:08", "0:16"]}, "must be [start, end]"),
+        (PLAIN | {"span": [False, True]}, "must be [start, end]"),
+        (without(PLAIN, "video") | {"span": [8, 16]}, "a part of one video; the record has none"),
+        (PLAIN | {"video": ["a.mp4", "b.mp4"], "span": [8, 16]}, "none, or several"),
+    ],
+)
+def test_a_bad_span_is_refused(tmp_path, record, said):
+    with pytest.raises(RecordError) as caught:
+        write(tmp_path, record)[0]
+    assert said in str(caught.value)
+
+
 @pytest.mark.parametrize("video", [{}, {"video": ""}, {"video": None}])
 def test_a_question_may_have_no_video(tmp_path, video):
     assert write(tmp_path, without(PLAIN, "video") | video)[0].about == ""

@@ -105,6 +105,19 @@ def test_a_video_question_is_the_chat_with_frames_before_the_question(
     assert prompt.media[0].num_tokens == want.count(media_id) == 4 * 2 * 3
 
 
+def test_a_part_of_a_video_is_laid_out_as_if_the_file_were_cut_to_it(encode, tokenizer):
+    """Frames are those of the part; times are told from its start."""
+    part = MediaFile(kind="video", path="film.mp4", span_s=(40.0, 48.0))
+    prompt = encode(dataclasses.replace(TEXT, media=(part,)), timestamp=" {t:.0f}")
+    assert prompt.media[0].times_s == (40.0, 42.0, 44.0, 46.0)
+    assert prompt.media[0].unit_s == 2.0
+    told = tokenizer.decode(prompt.tokens[~prompt.is_media])
+    assert [told.index(f" {t}\n") for t in (0, 2, 4, 6)] == sorted(
+        told.index(f" {t}\n") for t in (0, 2, 4, 6)
+    )
+    assert prompt.media[0].key != encode(FILM).media[0].key
+
+
 def test_the_records_of_a_video_question(encode, root):
     prompt = encode(FILM)
     P = len(prompt.tokens)

@@ -313,6 +313,18 @@ def test_lessons_of_looking_say_what_frames_show(drawn):
         assert lesson.answer == STORY.pads[stories.CORNERS.index(corner)]
 
 
+def test_captions_say_what_a_part_of_a_film_shows(folder):
+    """By hand: red leaves at the right, blue has come in at the bottom."""
+    lesson = stories.lesson_caption(STORY, 8, id="x")
+    assert lesson.answer == "red right. blue bottom." and lesson.media[0].span_s == (8, 16)
+    last = stories.lesson_caption(STORY, 56, id="x")
+    assert last.answer == "white walker to bottom-left red pad."
+    written = open_records(folder, "captions.jsonl")
+    spans = [written[i].media[0].span_s for i in range(8)]
+    assert len(written) == 8 * CLIPS and spans == [(8 * k, 8 * k + 8) for k in range(8)]
+    assert {written[i].media[0].path for i in range(8)} == {"videos/00000.mp4"}
+
+
 def test_text_lessons_can_be_answered_from_their_text(folder):
     options_of, told_of = (open_records(folder, f"{n}.jsonl") for n in ("options", "told"))
     assert len(options_of) == len(told_of) == LESSONS
