@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from longrl_jax import config, platform, run_folder
-from longrl_jax.data import SOURCES, loader
+from longrl_jax.data import loader, mixing
 from longrl_jax.data.longvideo_reason import RecordError, to_record
 from longrl_jax.data.pass_rates import REASONS, Bounds, Row, counted, split, verdict
 from longrl_jax.data.refused import RefusedLog
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         plan = plan_of(cfg, args)
         check_names(cfg)
-        _source(cfg)  # before a folder is made for it
+        mixing.open_training(cfg.data)  # before a folder is made for it
         run_folder.make_folder(plan.out)
         with run_folder.lock(plan.out):
             if not (plan.out / SAMPLED).exists():
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(cfg: config.Config, plan: Plan) -> dict[str, Any]:
     """Samples what answers.jsonl lacks, then filters, splits and writes; returns summary.json."""
-    source = _source(cfg)
+    source = mixing.open_training(cfg.data)
     questions.refuse_repeated_ids(source, len(source))
     begin(cfg, plan)
     rows = read_journal(plan.out / ANSWERS)
@@ -160,9 +160,11 @@ def settings_of(cfg: config.Config, plan: Plan) -> dict[str, Any]:
         stat = path.stat()  # not the bytes: a checkpoint may be many gigabytes
         digest.update(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     settings["files of model.path"] = digest.hexdigest()[:16]
-    with (Path(cfg.data.root) / cfg.data.train).open("rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
-    settings["content of data.train"] = content[:16]
+    content = hashlib.sha256()
+    for path in mixing.training_files(cfg.data):
+        with path.open("rb") as file:
+            content.update(hashlib.file_digest(file, "sha256").digest())
+    settings["content of data.train"] = content.hexdigest()[:16]
     return json.loads(json.dumps(settings))
 
 
@@ -307,11 +309,6 @@ def table(summary: Mapping[str, Any]) -> str:
             "refuses them unless data.template=direct"
         )
     return "\n".join(lines)
-
-
-def _source(cfg: config.Config) -> Any:
-    open_records = config.pick(SOURCES, cfg.data.source, "data.source")
-    return open_records(Path(cfg.data.root), cfg.data.train)
 
 
 def _prepare(cfg: config.Config) -> None:

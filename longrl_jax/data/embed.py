@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from longrl_jax import config, encode, platform, processes
-from longrl_jax.data import SOURCES, loader, video
+from longrl_jax.data import SOURCES, loader, mixing, video
 from longrl_jax.data.refused import RefusedLog
 from longrl_jax.stages import policy as opened
 from longrl_jax.stages import questions
@@ -387,14 +387,15 @@ def files_of(
     cfg: config.Config, policy: opened.Policy
 ) -> dict[str, tuple[Any, Callable[[Example], Prompt]]]:
     """Returns Work.files of a config."""
-    root, open_records = Path(cfg.data.root), config.pick(SOURCES, cfg.data.source, "data.source")
     train = questions.prompt_encoder(
         cfg, policy, num_samples=cfg.rollout.num_samples, with_target=cfg.stage != "grpo"
     )
-    files = {cfg.data.train: (open_records(root, cfg.data.train), train)}
-    if cfg.data.validation not in ("", cfg.data.train):
+    files = {cfg.data.train: (mixing.open_training(cfg.data), train)}
+    if cfg.data.validation and (cfg.data.mix or cfg.data.validation != cfg.data.train):
+        open_records = config.pick(SOURCES, cfg.data.source, "data.source")
         held_out = questions.prompt_encoder(cfg, policy, num_samples=1)
-        files[cfg.data.validation] = (open_records(root, cfg.data.validation), held_out)
+        found = open_records(Path(cfg.data.root), cfg.data.validation)
+        files[cfg.data.validation] = (found, held_out)
     return files
 
 

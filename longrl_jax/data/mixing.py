@@ -43,6 +43,17 @@ def open_training(data: DataConfig) -> Any:
     )
 
 
+def training_files(data: DataConfig) -> list[Path]:
+    """Returns the files that open_training reads; of a folder all that lie in it."""
+    root = Path(data.root)
+    named = [root / part.root / part.file for part in data.mix] or [root / data.train]
+    return [
+        file
+        for path in named
+        for file in (sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path])
+    ]
+
+
 def template_of(data: DataConfig, example: Example) -> str:
     """Returns how a question is put: as its entry of data.mix says, or data.template."""
     for part in data.mix:
