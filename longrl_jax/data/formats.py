@@ -10,7 +10,7 @@ import argparse
 import collections
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ def _as_asked(example: Example, template: str) -> list[str]:
     ]
 
 
-def _write(out: Path, examples: Iterator[Example]) -> None:
+def _write(out: Path, examples: Iterable[Example]) -> None:
     """Writes plain records; the file is whole or not there at all."""
     unfinished = out.with_name(f"{out.name}.unfinished")
     with unfinished.open("w", encoding="utf-8") as file:
