@@ -241,7 +241,7 @@ def test_a_bad_entry_is_refused_by_name(tmp_path, fields, said):
 
 
 BAD_AT_OPENING = [
-    ({"a": {"source": "x"}}, "data.mix: source of a='x' is unknown; choose one of clevrer"),
+    ({"a": {"source": "x"}}, "data.mix: source of a='x' is unknown; choose one of activitynet_qa"),
     ({"a": {"root": ".."}}, "data.mix: root='..' of a lies outside data.root"),
     ({"a": {"file": "../a.jsonl"}}, "lies outside data.root"),
     ({"a": {"file": "gone.jsonl"}}, "there is no data file"),
