@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 from scipy import special
 
+from longrl_jax.options import split_options
 from longrl_jax.types import Example
 
 X = TypeVar("X")
@@ -44,7 +45,8 @@ def summary(
 
     report_by: the tags. With several answers to a question, "<part>/pass@R" of an accuracy is the
     share of questions with at least one right answer among R (several="all": "<part>/all@R", with
-    every answer right), where the part itself is their mean (mean@R).
+    every answer right), where the part itself is their mean (mean@R). It is of the questions all of
+    whose answers were judged: of the others nobody knows.
     """
     rows = [(rows, rows[0]["kind"], rows[0].get("tags", {})) for rows in questions]
     return {
@@ -254,7 +256,10 @@ def chance(
 
 
 def num_options(example: Example) -> int:
-    """Returns how many of the letters A, B, ... stand alone in the question, without a gap."""
+    """Returns how many options a question lists; where they are no block of lines, how many of the
+    letters A, B, ... stand alone in it, without a gap."""
+    if listed := split_options(example.question)[1]:
+        return len(listed)
     alone = set(re.findall(r"(?<!\w)[A-Z](?!\w)", example.question))
     count = 0
     while chr(ord("A") + count) in alone:
@@ -274,7 +279,7 @@ def _parts(questions: Sequence[Sequence[Row]], several: str) -> dict[str, Score]
                 judged[part].append(value)
         for part, drawn in judged.items():
             values[part].append((drawn, _cluster(rows[0])))
-            if num_samples > 1 and is_right(part):
+            if num_samples > 1 and is_right(part) and len(drawn) == len(rows):
                 name = f"{part}/{several}@{num_samples}"
                 values[name].append(([chosen(drawn)], _cluster(rows[0])))
     return {
