@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, TypeVar
@@ -147,13 +147,20 @@ def paired_difference(
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
 
 
-def difference(after: Path | str, before: Path | str, *, mode: str, part: str) -> dict[str, Score]:
+def difference(
+    after: Path | str,
+    before: Path | str,
+    *,
+    mode: str,
+    part: str,
+    read: Callable[[Path | str, str], dict[str, list[Row]]] | None = None,
+) -> dict[str, Score]:
     """Returns {"all" or kind: paired difference} of two folders of `python -m longrl_jax.evaluate`.
 
     mode: e.g. greedy; part: of the rewards or a benchmark's scorers, e.g. video_qa/accuracy or
-    official/accuracy.
+    official/accuracy. read: in place of read_answers.
     """
-    ours, theirs = read_answers(after, mode), read_answers(before, mode)
+    ours, theirs = ((read or read_answers)(folder, mode) for folder in (after, before))
     wanted = [{name: rows[0].get("answer") for name, rows in x.items()} for x in (ours, theirs)]
     other = [name for name in ours if name in theirs and wanted[0][name] != wanted[1][name]]
     if other:

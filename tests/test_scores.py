@@ -76,7 +76,9 @@ def test_summary_by_kind_and_pass_at_r():
     assert means["all", part] == (pytest.approx((0.5 + 0 + 1 + 0) / 4), 4)
     assert means["all", f"{part}/pass@2"] == (pytest.approx(1 / 2), 2)  # of a and b
     assert means["goal", part] == (0.5, 1) and means["goal", f"{part}/pass@2"] == (1.0, 1)
-    assert means["plot", "total"] == (pytest.approx(1 / 3), 3) and ("all", "total/pass@2") not in means
+    assert (
+        means["plot", "total"] == (pytest.approx(1 / 3), 3) and ("all", "total/pass@2") not in means
+    )
 
 
 def test_scores_by_tag_and_by_scorer_are_those_of_a_loop():
