@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longrl_jax import benchmarks, evaluate, scores
+from longrl_jax import benchmarks, config, evaluate, scores
 from longrl_jax.evaluate import answering, choices, sweep, tables
 from longrl_jax.evaluate import plan as planned
 from longrl_jax.stages import evaluation, questions
@@ -139,6 +139,24 @@ def write_answers(folder, right):
     by_kind = scores.summary([[row] for row in rows])
     judges = {"scorers": ["official", "strict"], "rewards": {}, "report_by": []}
     return {"modes": {"greedy": by_kind}, "judged_by": judges}
+
+
+def test_a_reward_whose_code_has_changed_judges_anew(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("raise RuntimeError('run too early')\n")
+    code = tmp_path / "mine" / "scores.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg = config.load(
+        CONFIG, ["rewards={'mine.scores:f': 1.0, overlong: 1.0}", "rollout.overlong_tokens=2"]
+    )
+    told = []
+    for text in ("def f(items): ...\n", "def f(items): return items\n"):
+        code.write_text(text)
+        told.append(planned.judges_of(cfg, planned.Plan(out=tmp_path)))
+    assert told[0]["code"] != told[1]["code"] and all(told[0]["code"].values())
+    longer = dataclasses.replace(cfg.rollout, overlong_tokens=cfg.rollout.overlong_tokens + 1)
+    cfg = dataclasses.replace(cfg, rollout=longer)
+    assert planned.judges_of(cfg, planned.Plan(out=tmp_path)) != told[1]
 
 
 def test_an_evaluation_that_nobody_judged_is_no_point_of_a_sweep(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.machinery
 import json
 import sys
 from pathlib import Path
@@ -83,10 +84,13 @@ def begun(cfg: config.Config, plan: Plan) -> Found:
 def judges_of(cfg: config.Config, plan: Plan) -> dict[str, Any]:
     """Returns what judges the answers, and by what results are reported, as JSON has it."""
     from longrl_jax.benchmarks import BENCHMARKS  # here: it brings rewards, which take seconds
+    from longrl_jax.rewards import own
 
     benchmark = BENCHMARKS.get(plan.benchmark)
     return {
         "rewards": dict(cfg.rewards),
+        "overlong_tokens": cfg.rollout.overlong_tokens if "overlong" in cfg.rewards else 0,
+        "code": {name: _digest_of_code(name) for name in cfg.rewards if own.MARK in name},
         "scorers": list(benchmark.scorers) if benchmark else [],
         "judge": cfg.judge.model if asks_judge(cfg, plan.benchmark) else "",
         "report_by": list(benchmark.report_by) if benchmark else [],
@@ -150,6 +154,19 @@ def step_of(checkpoint: str) -> int | None:
         return None
     lines = metrics.read_text(encoding="utf-8").splitlines()
     return json.loads(lines[-1])["step"] if lines else None
+
+
+def _digest_of_code(name: str) -> str:
+    """Returns the digest of the file of a person's module:function, which is not run for that; ""
+    where it is not found, which the evaluation says when it needs it."""
+    folders, file = None, None
+    parts = name.partition(":")[0].split(".")
+    for count in range(1, len(parts) + 1):
+        spec = importlib.machinery.PathFinder.find_spec(".".join(parts[:count]), folders)
+        if spec is None:
+            return ""
+        folders, file = spec.submodule_search_locations, spec.origin
+    return _digest(Path(file)) if file else ""
 
 
 def _digest(*paths: Path) -> str:
