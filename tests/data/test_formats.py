@@ -298,6 +298,13 @@ def test_random_access_to_an_array_equals_parsing_it(tmp_path_factory, tree, ind
     assert got == want
 
 
+def test_an_endless_name_is_cut_and_takes_no_room(tmp_path):
+    tree = {"x" * 100_000: {}, **{str(i): {} for i in range(50)}}
+    array = JsonArray(tmp_path, write_json(tmp_path, "a.json", tree) or "a.json")
+    assert array.where(0) == f"a.json[{'x' * 80}]" and array.where(50) == "a.json[49]"
+    assert len(pickle.dumps(array)) < 100_000
+
+
 def test_a_field_that_stands_twice_in_an_element_is_refused(tmp_path):
     (tmp_path / "a.json").write_text('[{"id": 1}, {"id": 1, "id": 2}]')
     rows = JsonArray(tmp_path, "a.json")
