@@ -188,6 +188,10 @@ def test_two_evaluations_are_compared_question_by_question(tmp_path):
         place = lines.index(part) + 2
         assert [" ".join(line.split()) for line in lines[place : place + 3]] == rows
     assert "strict/accuracy" not in lines  # nobody judged it
+    for name in ("direct", "thinking"):  # a mode that the judge was away for is left out alone
+        row = {"id": "q0", "kind": "goal", "video": "", "sample": 0, "reward": None}
+        (tmp_path / name / "answers" / "no_video.jsonl").write_text(json.dumps(row) + "\n")
+    assert tables.compared(tmp_path / "thinking", tmp_path / "direct").splitlines() == lines
     with pytest.raises(ValueError, match="hold no mode that both were asked in"):
         tables.compared(tmp_path / "thinking", tmp_path)
 

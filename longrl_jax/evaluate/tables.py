@@ -65,13 +65,18 @@ def compared(after: Path, before: Path) -> str:
             "python -m longrl_jax.evaluate"
         )
     lines = [f"{after} minus {before}", "points (95 % interval of the paired difference)"]
-    parts, others = (_judged_parts(folder, modes) for folder in (after, before))
-    for part in (part for part in parts if scores.is_right(part) and part in others):
+    both = [{m: _judged_parts(folder, m) for m in modes} for folder in (after, before)]
+    parts = dict.fromkeys(part for judged in both[0].values() for part in judged)
+    for part in filter(scores.is_right, parts):
+        shared = [m for m in modes if all(part in judged[m] for judged in both)]
+        if not shared:
+            continue
         by_mode = {
-            m: scores.difference(after, before, mode=m, part=part, read=read_answers) for m in modes
+            m: scores.difference(after, before, mode=m, part=part, read=read_answers)
+            for m in shared
         }
         kinds = dict.fromkeys(kind for by_kind in by_mode.values() for kind in by_kind)
-        rows = [["", "n", *(mode.replace("_", " ") for mode in modes)]]
+        rows = [["", "n", *(mode.replace("_", " ") for mode in shared)]]
         for kind in kinds:
             cells = [by_kind.get(kind) for by_kind in by_mode.values()]
             count = next(cell["n"] for cell in cells if cell is not None)
@@ -133,8 +138,8 @@ def _by_kind(found: Found, part: str, columns: Mapping[str, tuple[str, str]]) ->
     return rows
 
 
-def _judged_parts(folder: Path, modes: Sequence[str]) -> dict[str, None]:
-    questions = [rows for mode in modes for rows in read_answers(folder, mode).values()]
+def _judged_parts(folder: Path, mode: str) -> dict[str, None]:
+    questions = read_answers(folder, mode).values()
     return dict.fromkeys(part for rows in questions for part in scores.verdicts(rows[0]))
 
 
