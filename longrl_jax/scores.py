@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 from scipy import special
 
+from longrl_jax.options import split_options
 from longrl_jax.types import Example
 
 X = TypeVar("X")
@@ -44,7 +45,8 @@ def summary(
 
     report_by: the tags. With several answers to a question, "<part>/pass@R" of an accuracy is the
     share of questions with at least one right answer among R (several="all": "<part>/all@R", with
-    every answer right), where the part itself is their mean (mean@R).
+    every answer right), where the part itself is their mean (mean@R). It is of the questions all of
+    whose answers were judged: of the others nobody knows.
     """
     rows = [(rows, rows[0]["kind"], rows[0].get("tags", {})) for rows in questions]
     return {
@@ -145,13 +147,20 @@ def paired_difference(
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
 
 
-def difference(after: Path | str, before: Path | str, *, mode: str, part: str) -> dict[str, Score]:
+def difference(
+    after: Path | str,
+    before: Path | str,
+    *,
+    mode: str,
+    part: str,
+    read: Callable[[Path | str, str], dict[str, list[Row]]] | None = None,
+) -> dict[str, Score]:
     """Returns {"all" or kind: paired difference} of two folders of `python -m longrl_jax.evaluate`.
 
     mode: e.g. greedy; part: of the rewards or a benchmark's scorers, e.g. video_qa/accuracy or
-    official/accuracy.
+    official/accuracy. read: in place of read_answers.
     """
-    ours, theirs = read_answers(after, mode), read_answers(before, mode)
+    ours, theirs = ((read or read_answers)(folder, mode) for folder in (after, before))
     wanted = [{name: rows[0].get("answer") for name, rows in x.items()} for x in (ours, theirs)]
     other = [name for name in ours if name in theirs and wanted[0][name] != wanted[1][name]]
     if other:
@@ -254,7 +263,10 @@ def chance(
 
 
 def num_options(example: Example) -> int:
-    """Returns how many of the letters A, B, ... stand alone in the question, without a gap."""
+    """Returns how many options a question lists; where they are no block of lines, how many of the
+    letters A, B, ... stand alone in it, without a gap."""
+    if listed := split_options(example.question)[1]:
+        return len(listed)
     alone = set(re.findall(r"(?<!\w)[A-Z](?!\w)", example.question))
     count = 0
     while chr(ord("A") + count) in alone:
@@ -274,7 +286,7 @@ def _parts(questions: Sequence[Sequence[Row]], several: str) -> dict[str, Score]
                 judged[part].append(value)
         for part, drawn in judged.items():
             values[part].append((drawn, _cluster(rows[0])))
-            if num_samples > 1 and is_right(part):
+            if num_samples > 1 and is_right(part) and len(drawn) == len(rows):
                 name = f"{part}/{several}@{num_samples}"
                 values[name].append(([chosen(drawn)], _cluster(rows[0])))
     return {

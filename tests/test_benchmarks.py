@@ -1,12 +1,14 @@
 """Rotations of a question count together."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 
 from longrl_jax import evaluate, scores
 from longrl_jax.benchmarks import BENCHMARKS, joined
-from longrl_jax.evaluate import choices
+from longrl_jax.evaluate import choices, tables
 from longrl_jax.types import Example
 
 VNBENCH = BENCHMARKS["vnbench"]
@@ -49,6 +51,32 @@ def test_what_cannot_be_judged_or_lacks_a_rotation():
     assert len(got) == 1
     assert got[0][0]["scores"] == {"official": None, "strict": 1.0}
     assert got[0][0]["reward"] is None
+
+
+def write_rotations(folder, benchmark, right):
+    """Writes greedy answers to two questions, of which so many rotations are right."""
+    (folder / "answers").mkdir(parents=True)
+    questions = [rows(name, i, float(i < n)) for name, n in right.items() for i in range(4)]
+    lines = [json.dumps(row) + "\n" for question in questions for row in question]
+    (folder / "answers" / "greedy.jsonl").write_text("".join(lines))
+    (folder / "scores.json").write_text(json.dumps({"benchmark": benchmark}))
+    return {
+        "modes": {"greedy": scores.summary(joined(questions, BENCHMARKS[benchmark]))},
+        "judged_by": {"scorers": ["official"]},
+    }
+
+
+def test_two_evaluations_are_compared_by_questions_whose_rotations_are_all_right(tmp_path):
+    folders = {name: tmp_path / name for name in ("thinking", "direct")}
+    right = {"thinking": {"a": 4, "b": 3}, "direct": {"a": 3, "b": 0}}  # b gains nothing
+    found = {n: write_rotations(folders[n], "vnbench", right[n]) for n in folders}
+    compared = tables.compared(folders["thinking"], folders["direct"]).splitlines()
+    assert compared[compared.index("official/accuracy") + 2].split()[:3] == ["all", "2", "+50.0"]
+    beside = tables.side_by_side(found, folders).splitlines()
+    whole = next(line for line in beside if line.startswith("all"))
+    assert [cell.split(" (")[0] for cell in re.split("  +", whole)] == [
+        *("all", "50.0", "0.0", "+50.0"),
+    ]
 
 
 def test_other_benchmarks_are_left_alone():

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from longrl_jax import benchmarks, evaluate, scores
-from longrl_jax.evaluate import answering, choices, tables
+from longrl_jax import benchmarks, config, evaluate, scores
+from longrl_jax.evaluate import answering, choices, sweep, tables
 from longrl_jax.evaluate import plan as planned
 from longrl_jax.stages import evaluation, questions
 from longrl_jax.types import Example, Prompt
@@ -141,6 +141,41 @@ def write_answers(folder, right):
     return {"modes": {"greedy": by_kind}, "judged_by": judges}
 
 
+def test_a_reward_whose_code_has_changed_judges_anew(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("raise RuntimeError('run too early')\n")
+    code = tmp_path / "mine" / "scores.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    cfg = config.load(
+        CONFIG, ["rewards={'mine.scores:f': 1.0, overlong: 1.0}", "rollout.overlong_tokens=2"]
+    )
+    told = []
+    for text in ("def f(items): ...\n", "def f(items): return items\n"):
+        code.write_text(text)
+        told.append(planned.judges_of(cfg, planned.Plan(out=tmp_path)))
+    assert told[0]["code"] != told[1]["code"] and all(told[0]["code"].values())
+    longer = dataclasses.replace(cfg.rollout, overlong_tokens=cfg.rollout.overlong_tokens + 1)
+    cfg = dataclasses.replace(cfg, rollout=longer)
+    assert planned.judges_of(cfg, planned.Plan(out=tmp_path)) != told[1]
+
+
+def test_an_evaluation_that_nobody_judged_is_no_point_of_a_sweep(tmp_path):
+    def variant(frames):
+        plan = planned.Plan(out=tmp_path / f"{frames}_frames")
+        return choices.Variant(cfg=None, plan=plan, num_frames=frames)
+
+    todo = [variant(frames) for frames in (4, 8, 16)]
+    away = found() | {"modes": {"greedy": {"all": {}, "plot": {}}}, "complete": True}
+    judged = found() | {"complete": True}
+    assert sweep.write(todo, [away, away, judged], tmp_path) == []
+    assert sweep.write(todo, [judged, away, judged], tmp_path) == [
+        tmp_path / "sweep.json",
+        tmp_path / "sweep.svg",
+    ]
+    points = json.loads((tmp_path / "sweep.json").read_text())["points"]
+    assert [point["frames"] for point in points] == [4, 16]
+
+
 def test_two_evaluations_are_compared_question_by_question(tmp_path):
     for name, right in (("direct", [0, 0, 1, 0]), ("thinking", [1, 1, 1, 0])):
         write_answers(tmp_path / name, right)
@@ -153,6 +188,10 @@ def test_two_evaluations_are_compared_question_by_question(tmp_path):
         place = lines.index(part) + 2
         assert [" ".join(line.split()) for line in lines[place : place + 3]] == rows
     assert "strict/accuracy" not in lines  # nobody judged it
+    for name in ("direct", "thinking"):  # a mode that the judge was away for is left out alone
+        row = {"id": "q0", "kind": "goal", "video": "", "sample": 0, "reward": None}
+        (tmp_path / name / "answers" / "no_video.jsonl").write_text(json.dumps(row) + "\n")
+    assert tables.compared(tmp_path / "thinking", tmp_path / "direct").splitlines() == lines
     with pytest.raises(ValueError, match="hold no mode that both were asked in"):
         tables.compared(tmp_path / "thinking", tmp_path)
 
@@ -191,6 +230,7 @@ def test_evaluations_side_by_side_say_what_thinking_adds(tmp_path):
         (["--frames=8,none"], "'none' must be a whole number from 1 on"),
         (["--thinking=perhaps"], "'perhaps' must be on, off or both"),
         (["--benchmark=a,,b"], "'a,,b' must be names, each once, with commas between"),
+        (["--benchmark=a=1.json,a=2.json"], "must be names, each once, with commas between"),
     ],
 )
 def test_a_wrong_option_says_what_is_wanted(arguments, message, capsys):

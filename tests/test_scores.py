@@ -67,15 +67,18 @@ def test_summary_by_kind_and_pass_at_r():
         [row("b", 0.0), row("b", 0.0, sample=1)],
         [row("c", 1.0), row("c", None, sample=1)],  # one answer could not be judged
         [row("d", None, kind=""), row("d", None, kind="", sample=1)],
+        [row("e", 0.0), row("e", None, sample=1)],  # perhaps that one was right: no pass@2
     ]
     got = scores.summary(questions)
     part = "video_qa/accuracy"
     means = {(k, p): (s["mean"], s["n"]) for k, parts in got.items() for p, s in parts.items()}
     assert list(got) == ["all", "goal", "other", "plot"] and got["other"] == {}
-    assert means["all", part] == (pytest.approx((0.5 + 0 + 1) / 3), 3)
-    assert means["all", f"{part}/pass@2"] == (pytest.approx(2 / 3), 3)
+    assert means["all", part] == (pytest.approx((0.5 + 0 + 1 + 0) / 4), 4)
+    assert means["all", f"{part}/pass@2"] == (pytest.approx(1 / 2), 2)  # of a and b
     assert means["goal", part] == (0.5, 1) and means["goal", f"{part}/pass@2"] == (1.0, 1)
-    assert means["plot", "total"] == (0.5, 2) and ("all", "total/pass@2") not in means
+    assert (
+        means["plot", "total"] == (pytest.approx(1 / 3), 3) and ("all", "total/pass@2") not in means
+    )
 
 
 def test_scores_by_tag_and_by_scorer_are_those_of_a_loop():
@@ -101,6 +104,7 @@ def test_scores_by_tag_and_by_scorer_are_those_of_a_loop():
             said = [r["scores"]["official"] for r in rows if r["scores"]["official"] is not None]
             if said:  # a question that nobody judged counts in no score
                 official.append(sum(said) / len(said))
+            if len(said) == 3:
                 every.append(float(all(x == 1 for x in said)))
             right.append(sum(r["reward"]["video_qa/accuracy"] for r in rows) / 3)
         for part, want in (
@@ -178,6 +182,8 @@ def test_one_letter_and_chance():
     assert chance["all"] == {"mean": pytest.approx((3 / 3 + 1 / 4) / 4), "n": 4}
     assert chance["plot"] == {"mean": pytest.approx((1 / 3 + 1 / 4) / 2), "n": 2}
     assert scores.one_letter([free]) == {} == scores.chance([free])
+    vitamin = ask("A", "plot", "Where is vitamin E in?\nA. nuts\nB. salt\nC. ice\nD. tea")
+    assert scores.chance([vitamin])["all"]["mean"] == 0.25
     long, short = (("duration", "long"),), (("duration", "short"),)
     tagged = [dataclasses.replace(e, tags=short if i else long) for i, e in enumerate(examples)]
     got = scores.one_letter(tagged, ("duration",))

@@ -168,7 +168,15 @@ def first_file(name: str, paths: Sequence[str], root: Path, where: str) -> str:
     name; all must stay under root."""
     for path in paths:
         check_inside(name, path, root, where)
-    return next((path for path in paths if (root / path).is_file()), paths[-1])
+    return next((path for path in paths if is_there(root / path)), paths[-1])
+
+
+def is_there(path: Path) -> bool:
+    """Whether a path leads to a file; one that no file system takes (too long a name) does not."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def data_file(root: Path, file: str) -> Path:

@@ -9,6 +9,7 @@ SOURCE is a format (data.source in a config), ROOT data.root, FILE data.train.
 import argparse
 import collections
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from longrl_jax.config import TEMPLATES, pick
 from longrl_jax.data import SOURCES, longvideo_reason, prompts
-from longrl_jax.data.fields import RecordError
+from longrl_jax.data.fields import RecordError, is_there
 from longrl_jax.types import Example
 
 LISTED = 20
@@ -110,8 +111,8 @@ class _Found:
 
 
 def _missing(path: Path) -> str:
-    if not path.is_file():
-        return "is not there" if not path.exists() else "is not a regular file"
+    if not is_there(path):
+        return "is not a regular file" if os.path.exists(path) else "is not there"
     return "" if path.stat().st_size else "has 0 bytes"
 
 

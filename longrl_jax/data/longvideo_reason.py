@@ -41,7 +41,10 @@ REQUIRED = ("id", "question", "answer")
 MEDIA_NAMES = {"image": ("image", "images"), "video": ("video", "videos")}
 """Kind of medium -> the names of its field: one path or a list of them. Without placeholders images
 stand before videos."""
-COLUMNS = (*itertools.chain(*NAMES.values(), *MEDIA_NAMES.values()), "data_type")
+COLUMNS = (
+    *itertools.chain(*NAMES.values(), *MEDIA_NAMES.values()),
+    *("data_type", "span", "tags", "subtitles"),
+)
 """Columns of a parquet file that are read."""
 PLACEHOLDER = re.compile(r"<(image|video)>")
 MEDIA_TYPES = ("image", "video", "text")
@@ -214,9 +217,13 @@ def _subtitles(value: Any, root: Path, where: str) -> str:
 def _tags(value: Any, where: str) -> tuple[tuple[str, str], ...]:
     if value is None:
         return ()
-    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+    said = value.items() if isinstance(value, dict) else [("tags", value)]
+    tags = tuple((name, text) for name, text in said if text is not None)  # None: as parquet lacks
+    if not isinstance(value, dict) or not all(isinstance(text, str) for _, text in tags):
         raise RecordError(where, f"tags={shown(value)} must be an object of texts by name")
-    return tuple(value.items())
+    for name, text in tags:
+        check_unicode("tags", f"{name} {text}", where)
+    return tags
 
 
 def _placed(

@@ -47,7 +47,7 @@ def to_example(row: Any, *, root: Path, where: str) -> Example:
     if row.get("subtitle_path"):
         told = f"subtitles/{fields.text(row, 'subtitle_path', where)}"
         fields.check_inside("subtitle_path", told, root, where)
-        told = told if (root / told).is_file() else ""
+        told = told if fields.is_there(root / told) else ""
     times = {tag: _seconds(row, name, where) for tag, name in TIMES.items()} if told else {}
     return Example(
         id=fields.identifier(row, "id", where),

@@ -16,7 +16,7 @@ from typing import Any
 import grain
 
 from longrl_jax.config import DataConfig, pick
-from longrl_jax.data import SOURCES, parquet
+from longrl_jax.data import SOURCES, activitynet_qa, parquet
 from longrl_jax.data.fields import RecordError
 from longrl_jax.types import Example
 
@@ -44,10 +44,20 @@ def open_training(data: DataConfig) -> Any:
 
 
 def training_files(data: DataConfig) -> list[Path]:
-    """Returns the files that open_training reads."""
+    """Returns the files of records that open_training reads. Raises ValueError without them."""
     root = Path(data.root)
     named = [(root / part.root, part.file) for part in data.mix] or [(root, data.train)]
-    return [path for folder, file in named for path in parquet.files_of(folder, file)]
+    return [path for folder, file in named for path in files_of(folder, file)]
+
+
+def files_of(root: Path, file: str) -> list[Path]:
+    """Returns the files that a name of records stands for: the shards of a folder or a pattern, or
+    the file with the answers to its questions (activitynet_qa) if they lie in one of their own."""
+    if parquet.is_parquet(root, file) or "*" in file:
+        return [root / name for name in parquet.shards(root, file)]
+    answers = root / (file.removesuffix(activitynet_qa.QUESTIONS) + activitynet_qa.ANSWERS)
+    apart = file.endswith(activitynet_qa.QUESTIONS) and answers.is_file()
+    return [root / file, *[answers] * apart]
 
 
 def template_of(data: DataConfig, example: Example) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from longrl_jax.data.fields import RecordError, data_file
+from longrl_jax.data.fields import SHOWN_CHARACTERS, RecordError, data_file
 
 SPACE = re.compile(r"[ \t\n\r]*")
 BOM = b"\xef\xbb\xbf"
@@ -66,7 +66,7 @@ class JsonArray:
         spans, names, rows = [], [], []
         for number, (start, end, name, value) in enumerate(_elements(self._path)):
             spans.append((start, end))
-            names.append(number if name is None else name)
+            names.append(number if name is None else name[:SHOWN_CHARACTERS])  # all take as much
             count = 1 if split is None else len(split(value))
             rows += [(number, part, count) for part in range(count)]
         if not rows:

@@ -47,7 +47,7 @@ def to_example(row: Any, *, root: Path, where: str) -> Example:
         kind=labels.pop("task_type"),
         media=(MediaFile(kind="video", path=fields.first_file("videoID", paths, root, where)),),
         tags=fields.tags(**labels),
-        subtitles=told if (root / told).is_file() else "",
+        subtitles=told if fields.is_there(root / told) else "",
     )
 
 

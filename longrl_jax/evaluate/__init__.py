@@ -200,7 +200,7 @@ def _temperature(text: str) -> float:
 
 def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
-    if not all(names) or len(set(names)) < len(names):
+    if not all(names) or len({name.partition("=")[0] for name in names}) < len(names):
         raise argparse.ArgumentTypeError(f"{text!r} must be names, each once, with commas between")
     return names
 

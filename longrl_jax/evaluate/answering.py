@@ -232,7 +232,7 @@ def _asks(
         return [
             Ask(prompt=prompt, first=number, about=question.example.about)
             for question in asked
-            for number, prompt in enumerate(_orders(cfg, plan, policy, question))
+            for number, prompt in enumerate(_orders(cfg, plan, policy, question, refused))
         ]
     if mode.name == NO_VIDEO:
         films = {prompt.example.id: prompt.example.about for prompt in asked}
@@ -243,14 +243,22 @@ def _asks(
     return [Ask(prompt=prompt, about=prompt.example.about) for prompt in asked]
 
 
-def _orders(cfg: Config, plan: Plan, policy: Policy, asked: Prompt) -> list[Prompt]:
-    """Returns a question with its options in --shuffles orders; none where they cannot move."""
+def _orders(
+    cfg: Config, plan: Plan, policy: Policy, asked: Prompt, refused: RefusedLog
+) -> list[Prompt]:
+    """Returns a question with its options in --shuffles orders; none where they cannot move, and
+    where one order, in which words may be other tokens, no longer fits."""
     encode_prompt = questions.prompt_encoder(cfg, policy, num_samples=1)
     prompts = []
     for number in range(plan.num_shuffles):
         order = shuffled.order_of(asked.example, seed=cfg.seed, number=number)
         if order is not None:
-            prompts.append(encode_prompt(shuffled.shuffled(asked.example, order)))
+            example = shuffled.shuffled(asked.example, order)
+            try:
+                prompts.append(encode_prompt(example))
+            except ValueError as error:
+                refused.add(example, error, step=0)
+                return []
     return prompts
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.machinery
 import json
 import sys
 from pathlib import Path
@@ -83,10 +84,13 @@ def begun(cfg: config.Config, plan: Plan) -> Found:
 def judges_of(cfg: config.Config, plan: Plan) -> dict[str, Any]:
     """Returns what judges the answers, and by what results are reported, as JSON has it."""
     from longrl_jax.benchmarks import BENCHMARKS  # here: it brings rewards, which take seconds
+    from longrl_jax.rewards import own
 
     benchmark = BENCHMARKS.get(plan.benchmark)
     return {
         "rewards": dict(cfg.rewards),
+        "overlong_tokens": cfg.rollout.overlong_tokens if "overlong" in cfg.rewards else 0,
+        "code": {name: _digest_of_code(name) for name in cfg.rewards if own.MARK in name},
         "scorers": list(benchmark.scorers) if benchmark else [],
         "judge": cfg.judge.model if asks_judge(cfg, plan.benchmark) else "",
         "report_by": list(benchmark.report_by) if benchmark else [],
@@ -115,6 +119,9 @@ def settings_of(cfg: config.Config, plan: Plan) -> dict[str, Any]:
     for path in files:  # not the bytes: a checkpoint may be many gigabytes
         stat = path.stat()
         digest.update(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    from longrl_jax.data import mixing  # here: it brings grain
+
+    held_out = mixing.files_of(Path(cfg.data.root), cfg.data.validation)
     data, template = dataclasses.asdict(cfg.data), cfg.data.template_file
     settings = {
         "model.path": cfg.model.path,
@@ -123,9 +130,7 @@ def settings_of(cfg: config.Config, plan: Plan) -> dict[str, Any]:
         "rollout": [cfg.rollout.dtype, cfg.rollout.max_tokens, cfg.rollout.max_model_len],
         "batch.max_row_tokens": cfg.batch.max_row_tokens,
         "data": {name: value for name, value in data.items() if name not in FREE},
-        "content of data.validation": _digest(
-            *parquet.files_of(Path(cfg.data.root), cfg.data.validation)
-        ),
+        "content of data.validation": _digest(*held_out),
         "content of data.template_file": template and _digest(Path(template)),
         "seed": cfg.seed,
         "--samples": plan.num_samples,
@@ -151,6 +156,19 @@ def step_of(checkpoint: str) -> int | None:
         return None
     lines = metrics.read_text(encoding="utf-8").splitlines()
     return json.loads(lines[-1])["step"] if lines else None
+
+
+def _digest_of_code(name: str) -> str:
+    """Returns the digest of the file of a person's module:function, which is not run for that; ""
+    where it is not found, which the evaluation says when it needs it."""
+    folders, file = None, None
+    parts = name.partition(":")[0].split(".")
+    for count in range(1, len(parts) + 1):
+        spec = importlib.machinery.PathFinder.find_spec(".".join(parts[:count]), folders)
+        if spec is None:
+            return ""
+        folders, file = spec.submodule_search_locations, spec.origin
+    return _digest(Path(file)) if file else ""
 
 
 def _digest(*paths: Path) -> str:

@@ -15,10 +15,14 @@ SWEEP, PLOT = "sweep.json", "sweep.svg"
 
 
 def write(todo: Sequence[Variant], found: Sequence[Found], out: Path) -> list[Path]:
-    """Writes sweep.json and its plot where there are two numbers of frames; returns their paths."""
-    if len({variant.num_frames for variant in todo}) < 2:
+    """Writes sweep.json and its plot where there are two numbers of frames; returns their paths.
+
+    An evaluation of which no answer could be judged (a judge that is away) is no point of it.
+    """
+    judged = [(v, one) for v, one in zip(todo, found, strict=True) if parts_of(one)]
+    if len({variant.num_frames for variant, _ in judged}) < 2:
         return []
-    points = [_point(v, one, out) for v, one in zip(todo, found, strict=True)]
+    points = [_point(variant, one, out) for variant, one in judged]
     tree = {"checkpoint": found[0]["checkpoint"], "points": points}
     chart = evaluations.sweep_chart(tree)
     run_folder.write_synced(out / SWEEP, (json.dumps(tree, indent=1) + "\n").encode())

@@ -1,12 +1,13 @@
 """Scores as lines for people."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from longrl_jax import scores
-from longrl_jax.evaluate.plan import ANSWERS, Found
-from longrl_jax.scores import ALL
+from longrl_jax.evaluate.plan import ANSWERS, SCORES, Found
+from longrl_jax.scores import ALL, Row
 
 HEAD = "scores x 100 (95 % interval)"
 BASELINES = ("one_letter", "one_answer", "chance")
@@ -64,11 +65,18 @@ def compared(after: Path, before: Path) -> str:
             "python -m longrl_jax.evaluate"
         )
     lines = [f"{after} minus {before}", "points (95 % interval of the paired difference)"]
-    parts, others = (_judged_parts(folder, modes) for folder in (after, before))
-    for part in (part for part in parts if scores.is_right(part) and part in others):
-        by_mode = {m: scores.difference(after, before, mode=m, part=part) for m in modes}
+    both = [{m: _judged_parts(folder, m) for m in modes} for folder in (after, before)]
+    parts = dict.fromkeys(part for judged in both[0].values() for part in judged)
+    for part in filter(scores.is_right, parts):
+        shared = [m for m in modes if all(part in judged[m] for judged in both)]
+        if not shared:
+            continue
+        by_mode = {
+            m: scores.difference(after, before, mode=m, part=part, read=read_answers)
+            for m in shared
+        }
         kinds = dict.fromkeys(kind for by_kind in by_mode.values() for kind in by_kind)
-        rows = [["", "n", *(mode.replace("_", " ") for mode in modes)]]
+        rows = [["", "n", *(mode.replace("_", " ") for mode in shared)]]
         for kind in kinds:
             cells = [by_kind.get(kind) for by_kind in by_mode.values()]
             count = next(cell["n"] for cell in cells if cell is not None)
@@ -77,6 +85,21 @@ def compared(after: Path, before: Path) -> str:
             )
         lines += ["", part, *_aligned(rows)]
     return "\n".join(lines)
+
+
+def read_answers(folder: Path | str, mode: str) -> dict[str, list[Row]]:
+    """Returns {question: its judged answers} of an evaluation, counted as its scores count them:
+    all rotations of one question as one (benchmarks.joined)."""
+    found, path = scores.read_answers(folder, mode), Path(folder) / SCORES
+    name = json.loads(path.read_text()).get("benchmark") if path.is_file() else ""
+    if not name:
+        return found
+    from longrl_jax.benchmarks import (
+        BENCHMARKS,
+        joined,
+    )  # here: it brings rewards, which take seconds
+
+    return {rows[0]["id"]: rows for rows in joined(list(found.values()), BENCHMARKS[name])}
 
 
 def parts_of(found: Found) -> list[str]:
@@ -115,8 +138,8 @@ def _by_kind(found: Found, part: str, columns: Mapping[str, tuple[str, str]]) ->
     return rows
 
 
-def _judged_parts(folder: Path, modes: Sequence[str]) -> dict[str, None]:
-    questions = [rows for mode in modes for rows in scores.read_answers(folder, mode).values()]
+def _judged_parts(folder: Path, mode: str) -> dict[str, None]:
+    questions = read_answers(folder, mode).values()
     return dict.fromkeys(part for rows in questions for part in scores.verdicts(rows[0]))
 
 
@@ -129,7 +152,7 @@ def _gains(folders: Mapping[str, Path], part: str) -> dict[str, dict[str, scores
         if direct != name and direct in folders:
             rest = [word for word in words if word != "thinking"]
             title = ", ".join([*rest, "thinking - direct"])
-            ours, theirs = (scores.read_answers(f, "greedy") for f in (folder, folders[direct]))
+            ours, theirs = (read_answers(f, "greedy") for f in (folder, folders[direct]))
             gains[title] = scores.gains(ours, theirs, part)
     return gains
 

@@ -149,6 +149,18 @@ def test_a_malformed_record_is_refused_by_name(tmp_path, source, path, value, sa
     assert said in message and message.startswith("file.json[")
 
 
+def test_a_name_that_no_file_system_takes_costs_its_own_record(tmp_path, capsys, monkeypatch):
+    file = WRITE["star"](tmp_path)
+    tree = edited(published.STAR, (0, "question_id"), "x" * 300)
+    write_json(tmp_path, file, edited(tree, (0, "video_id"), "y" * 300))
+    (tmp_path / "star_clips").mkdir(exist_ok=True)
+    (tmp_path / "Charades_v1_480").mkdir(exist_ok=True)
+    assert read("star", tmp_path, file)[0].id == "x" * 300  # whoever opens the film refuses it
+    monkeypatch.chdir(tmp_path)
+    assert formats.main(["check", "star", str(tmp_path), file]) == 1
+    assert ".mp4 is not there" in capsys.readouterr().out
+
+
 def test_wrong_choices_of_clevrer_are_refused(tmp_path):
     for value, said in [("maybe", "'maybe' of a choice must be correct or wrong"), (None, "None")]:
         path = (0, "questions", 1, "choices", 2, "answer")
@@ -284,6 +296,13 @@ def test_random_access_to_an_array_equals_parsing_it(tmp_path_factory, tree, ind
             assert not ascii_only and "not JSON" in error.message
             got.append(want[i])
     assert got == want
+
+
+def test_an_endless_name_is_cut_and_takes_no_room(tmp_path):
+    tree = {"x" * 100_000: {}, **{str(i): {} for i in range(50)}}
+    array = JsonArray(tmp_path, write_json(tmp_path, "a.json", tree) or "a.json")
+    assert array.where(0) == f"a.json[{'x' * 80}]" and array.where(50) == "a.json[49]"
+    assert len(pickle.dumps(array)) < 100_000
 
 
 def test_a_field_that_stands_twice_in_an_element_is_refused(tmp_path):

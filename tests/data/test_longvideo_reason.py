@@ -2,6 +2,7 @@ import functools
 import json
 import pickle
 
+import published
 import pytest
 
 from longrl_jax.config import pick
@@ -63,6 +64,7 @@ def test_tags_and_subtitles_are_read_and_written(tmp_path):
     [
         ("tags", ["long"], "must be an object of texts"),
         ("tags", {"duration": 3}, "must be an object of texts"),
+        ("tags", {"duration": "\ud800"}, "must be valid Unicode"),
         ("subtitles", 3, "must be a path"),
         ("subtitles", "../v.srt", "links followed"),
         ("subtitles", "/v.srt", "links followed"),
@@ -77,6 +79,19 @@ def test_a_record_may_be_about_a_part_of_its_video(tmp_path):
     example = write(tmp_path, PLAIN | {"span": [8, 16.5]})[0]
     assert example.media[0].span_s == (8.0, 16.5)
     assert write(tmp_path, to_record(example))[0] == example
+
+
+def test_parquet_loses_nothing_of_the_plain_form(tmp_path):
+    rows = [
+        PLAIN
+        | {"id": "a", "span": [8.0, 16.5], "tags": {"duration": "long"}, "subtitles": "v.srt"},
+        PLAIN | {"id": "b", "tags": {"duration": "short", "domain": "Sport"}},
+        PLAIN | {"id": "c"},
+    ]
+    published.write_parquet(tmp_path, "plain.parquet", rows)
+    records, lines = open_records(tmp_path, "plain.parquet"), write(tmp_path, *rows)
+    assert [records[i] for i in range(3)] == [lines[i] for i in range(3)]
+    assert lines[0].media[0].span_s and lines[0].tags and lines[0].subtitles
 
 
 @pytest.mark.parametrize(

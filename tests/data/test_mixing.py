@@ -241,7 +241,7 @@ def test_a_bad_entry_is_refused_by_name(tmp_path, fields, said):
 
 
 BAD_AT_OPENING = [
-    ({"a": {"source": "x"}}, "data.mix: source of a='x' is unknown; choose one of clevrer"),
+    ({"a": {"source": "x"}}, "data.mix: source of a='x' is unknown; choose one of activitynet_qa"),
     ({"a": {"root": ".."}}, "data.mix: root='..' of a lies outside data.root"),
     ({"a": {"file": "../a.jsonl"}}, "lies outside data.root"),
     ({"a": {"file": "gone.jsonl"}}, "there is no data file"),
@@ -253,6 +253,23 @@ def test_an_entry_that_leads_nowhere_ends_the_run(root, fields, said):
     (root.parent / "a.jsonl").write_text((root / "a.jsonl").read_text())
     with pytest.raises(ValueError, match=said):
         mixing.open_training(data_config(root, **fields))
+
+
+def test_the_files_of_a_mix_are_those_of_its_records(root):
+    for name in ("data/train-00000-of-00002", "data/train-00001-of-00002", "data/film"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).with_suffix(".mp4" if "film" in name else ".parquet").write_bytes(b"x")
+    (root / "test_q.json").write_text("[]")
+    (root / "test_a.json").write_text("[]")
+    shards = [root / f"data/train-0000{i}-of-00002.parquet" for i in (0, 1)]
+    for file, want in (
+        ("data/train-*.parquet", shards),
+        (".", shards),  # no film that lies beside them
+        ("a.jsonl", [root / "a.jsonl"]),
+        ("test_q.json", [root / "test_q.json", root / "test_a.json"]),
+    ):
+        data = config.DataConfig(root=str(root), train=file)
+        assert [p.resolve() for p in mixing.training_files(data)] == [p.resolve() for p in want]
 
 
 def test_train_and_mix_cannot_both_say_what_is_trained_on():
