@@ -93,6 +93,40 @@ def _check_mix(data: "DataConfig") -> None:
         )
 
 
+def _check_rewards(key: str, weights: Mapping[str, float], cfg: "Config") -> None:
+    """Checks one set of rewards; key: where it stands."""
+    if not weights:
+        raise ValueError(f"{key} is empty; name at least one, e.g. {key}: {{video_qa: 1.0}}")
+    if "judge" in weights and not (cfg.judge.base_url and cfg.judge.model):
+        raise ValueError(
+            f"{key}.judge needs a model that judges: judge.base_url={cfg.judge.base_url!r} "
+            f"and judge.model={cfg.judge.model!r} must name an OpenAI-compatible server, e.g. "
+            "http://localhost:8000/v1, and one of its models"
+        )
+    if "overlong" in weights and not cfg.rollout.overlong_tokens:
+        raise ValueError(
+            f"{key}.overlong needs rollout.overlong_tokens, the length over which it falls"
+        )
+    if not any(weights.values()):
+        raise ValueError(f"{key}={weights}: every weight is 0; give one another weight")
+
+
+def _check_filter(cfg: "Config") -> None:
+    """Refuses to filter by what the answers to some questions do not have."""
+    metric = cfg.algorithm.filter_by
+    if metric in ("", "total"):
+        return
+    for source in [part.name for part in cfg.data.mix] or [""]:
+        weights = cfg.rewards_of(source)
+        if metric.partition("/")[0] not in weights:
+            run = f"the source {source} of data.mix" if source else "this run"
+            more = ", and of every source" if source else ""
+            raise ValueError(
+                f"algorithm.filter_by={metric!r} is of no reward of {run}; name total, or a "
+                f"part <reward>/<part> of one of {', '.join(sorted(weights))}{more}"
+            )
+
+
 def _check_timestamp(text: str) -> None:
     try:
         good = not text or text.format(t=1.0) != text.format(t=1000.0)
@@ -173,6 +207,8 @@ class MixConfig:
     """Folder under data.root that the file and its media lie under; empty: data.root itself."""
     template: str = ""
     """How its questions are put; empty: data.template."""
+    rewards: dict[str, float] = dataclasses.field(default_factory=dict)
+    """What judges its answers (GRPO), by the names that `rewards` takes; empty: `rewards`."""
 
     def __post_init__(self):
         if not re.fullmatch(r"[A-Za-z0-9]+(?:[-_][A-Za-z0-9]+)*", self.name):
@@ -466,7 +502,8 @@ class AlgorithmConfig:
     filter_by: str = ""
     """Dynamic sampling (DAPO): a group is kept if filter_low < mean of this over its answers <
     filter_high, and prompts are asked on until batch.groups are kept. A metric of `reward/`: total,
-    or e.g. video_qa/accuracy. Empty: every group is kept, batch.groups prompts are asked."""
+    or e.g. video_qa/accuracy, of a reward that every source of data.mix has. Empty: every group is
+    kept, batch.groups prompts are asked."""
     filter_low: float = 0.01
     filter_high: float = 0.99
     max_tries: int = 20
@@ -644,7 +681,8 @@ class Config:
     rollout: RolloutConfig = RolloutConfig()
     rewards: dict[str, float] = dataclasses.field(default_factory=lambda: {"video_qa": 1.0})
     """Weight of every reward, by its name in longrl_jax.rewards.REWARDS (docs/rewards.md), or a
-    function of your own, my_package.my_module:my_function, which is imported and run."""
+    function of your own, my_package.my_module:my_function, which is imported and run. Entries of
+    data.mix may have others."""
     judge: ChatConfig = ChatConfig()
     """Who judges answers for the reward `judge`."""
     algorithm: AlgorithmConfig = AlgorithmConfig()
@@ -683,26 +721,9 @@ class Config:
                 f"rollout.num_samples * rollout.max_tokens = {answers} answer tokens leave no room "
                 f"for a prompt in batch.max_row_tokens={self.batch.max_row_tokens}; raise that"
             )
-        metric = self.algorithm.filter_by
-        if metric not in ("", "total") and metric.partition("/")[0] not in self.rewards:
-            raise ValueError(
-                f"algorithm.filter_by={metric!r} is of no reward of this run; name total, or a "
-                f"part <reward>/<part> of one of {', '.join(sorted(self.rewards))}"
-            )
-        if not self.rewards:
-            raise ValueError("rewards is empty; name at least one, e.g. rewards: {video_qa: 1.0}")
-        if "judge" in self.rewards and not (self.judge.base_url and self.judge.model):
-            raise ValueError(
-                f"rewards.judge needs a model that judges: judge.base_url={self.judge.base_url!r} "
-                f"and judge.model={self.judge.model!r} must name an OpenAI-compatible server, e.g. "
-                "http://localhost:8000/v1, and one of its models"
-            )
-        if "overlong" in self.rewards and not self.rollout.overlong_tokens:
-            raise ValueError(
-                "rewards.overlong needs rollout.overlong_tokens, the length over which it falls"
-            )
-        if not any(self.rewards.values()):
-            raise ValueError(f"rewards={self.rewards}: every weight is 0; give one another weight")
+        for key, weights in self.reward_sets.items():
+            _check_rewards(key, weights, self)
+        _check_filter(self)
         if self.attention.ulysses and self.mesh.seq % self.attention.ulysses:
             raise ValueError(
                 f"attention.ulysses={self.attention.ulysses} does not divide mesh.seq="
@@ -727,6 +748,20 @@ class Config:
                 f"batch.groups={self.batch.groups} leaves some of mesh.processes="
                 f"{self.mesh.processes} without a prompt; raise it"
             )
+
+    @property
+    def reward_sets(self) -> dict[str, dict[str, float]]:
+        """Weights of rewards, by the key that says them: `rewards`, and those of data.mix."""
+        own = {f"data.mix[{i}].rewards": part.rewards for i, part in enumerate(self.data.mix)}
+        return {"rewards": self.rewards} | {key: weights for key, weights in own.items() if weights}
+
+    def rewards_of(self, source: str) -> dict[str, float]:
+        """Returns the weights of what judges answers to questions of an entry of data.mix.
+
+        source: Example.source; empty, as of data.validation: `rewards`.
+        """
+        own = [part.rewards for part in self.data.mix if part.name == source]
+        return (own and own[0]) or self.rewards
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

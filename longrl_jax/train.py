@@ -212,9 +212,10 @@ def check_names(cfg: config.Config) -> None:
     config.pick(losses.LOSSES, cfg.algorithm.loss, "algorithm.loss")
     config.pick(losses.MEANS, cfg.algorithm.loss_mean, "algorithm.loss_mean")
     config.pick(losses.KL_ESTIMATORS, cfg.algorithm.kl_estimator, "algorithm.kl_estimator")
-    for name in cfg.rewards:
-        rewards.named(name)
-    if "judge" in cfg.rewards:
+    for key, weights in cfg.reward_sets.items():
+        for name in weights:
+            rewards.named(name, key=key)
+    if any("judge" in weights for weights in cfg.reward_sets.values()):
         chat.check(cfg.judge)
 
 

@@ -106,7 +106,6 @@ def asks_judge(cfg: config.Config, benchmark: str) -> bool:
 
 def settings_of(cfg: config.Config, plan: Plan) -> dict[str, Any]:
     """Returns all that the answers depend on, as JSON has it."""
-    from longrl_jax.data import parquet  # here: longrl_jax.data brings JAX
 
     folder = Path(cfg.model.path)
     files = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -24,8 +24,10 @@ from longrl_jax.types import Scored
 
 Parts = Mapping[str, float]
 Reward = Callable[[Sequence[Scored]], Sequence[Parts | None]]
-Judged = Mapping[str, Sequence[Parts | None]]
-"""By the name of the reward."""
+Weights = Mapping[str, float]
+"""By the names that `named` takes."""
+Judged = Sequence[Mapping[str, Parts | None]]
+"""Of every item: what its rewards say of it, by their names."""
 
 REWARDS: dict[str, Reward] = {
     "video_qa": video_qa.reward,
@@ -39,66 +41,76 @@ REWARDS: dict[str, Reward] = {
 }
 
 
-def named(name: str, server: judge.Server | None = None) -> Reward:
+def named(name: str, server: judge.Server | None = None, *, key: str = "rewards") -> Reward:
     """Returns the reward of a name: in REWARDS, or a person's own module:function.
 
-    server: of the reward `judge`. Raises ValueError for a name that says neither.
+    server: of the reward `judge`. Raises ValueError for a name that says neither; key: of the
+    config, where it stands.
     """
     if own.MARK in name:
         own.load(name)
         return functools.partial(own.judge, name)
-    reward = pick(REWARDS, name, "rewards")
+    reward = pick(REWARDS, name, key)
     return functools.partial(judge.reward, server=server) if reward is judge.reward else reward
 
 
 def score(
-    items: Sequence[Scored], weights: Mapping[str, float], server: judge.Server | None = None
+    items: Sequence[Scored], weights: Weights, server: judge.Server | None = None
 ) -> list[Parts | None]:
     """Returns for every item `total`, the weighted sum of the rewards, and "<reward>/<part>".
 
-    weights: by the names that `named` takes. None where one of the rewards could not judge the
-    item.
+    None where one of the rewards could not judge the item.
     """
-    return joined(judged(items, weights, server), weights)
+    every = [weights] * len(items)
+    return joined(judged(items, every, server), every)
 
 
 def judged(
-    items: Sequence[Scored], weights: Mapping[str, float], server: judge.Server | None = None
+    items: Sequence[Scored], weights: Sequence[Weights], server: judge.Server | None = None
 ) -> Judged:
-    """Returns what each reward says of every item."""
-    found = {name: named(name, server)(items) for name in weights}
-    for name, parts in found.items():
-        if len(parts) != len(items):
+    """Returns what the rewards of every item, those that its weights name, say of it.
+
+    A reward is asked once, about all items that it judges.
+    """
+    found: list[dict[str, Parts | None]] = [{} for _ in items]
+    for name in dict.fromkeys(name for one in weights for name in one):
+        places = [i for i, one in enumerate(weights) if name in one]
+        results = named(name, server)([items[i] for i in places])
+        if len(results) != len(places):
             raise ValueError(
-                f"reward {name!r} returned {len(parts)} results for {len(items)} items"
+                f"reward {name!r} returned {len(results)} results for {len(places)} items"
             )
+        for i, parts in zip(places, results, strict=True):
+            found[i][name] = parts
     return found
 
 
-def joined(found: Judged, weights: Mapping[str, float]) -> list[Parts | None]:
-    """Returns the weighted sum of what the rewards say of every item, and all their parts."""
-    one = next(iter(found.values()))
-    return [_joined({name: found[name][i] for name in found}, weights) for i in range(len(one))]
+def joined(found: Judged, weights: Sequence[Weights]) -> list[Parts | None]:
+    """Returns for every item the weighted sum of what its rewards say of it, and their parts."""
+    return [_joined(one, given) for one, given in zip(found, weights, strict=True)]
 
 
 def invalid(found: Judged) -> dict[str, tuple[float, float]]:
-    """Returns metrics, (items that a reward could not judge, items), by its name."""
-    return {
-        f"reward/{name}/invalid": (float(sum(map(_is_invalid, parts))), float(len(parts)))
-        for name, parts in found.items()
-    }
+    """Returns metrics, (items that a reward could not judge, items that it was to), by its name."""
+    counts: dict[str, tuple[float, float]] = {}
+    for one in found:
+        for name, parts in one.items():
+            num_invalid, count = counts.get(f"reward/{name}/invalid", (0.0, 0.0))
+            counts[f"reward/{name}/invalid"] = num_invalid + _is_invalid(parts), count + 1
+    return counts
 
 
 def _is_invalid(parts: Parts | None) -> bool:
     return parts is None or not np.isfinite(parts["total"])
 
 
-def _joined(judged: Mapping[str, Parts | None], weights: Mapping[str, float]) -> Parts | None:
+def _joined(found: Mapping[str, Parts | None], weights: Weights) -> Parts | None:
     total = 0.0
     named: dict[str, float] = {}
-    for name, parts in judged.items():
+    for name, weight in weights.items():  # in their order, whatever else was judged with the item
+        parts = found[name]
         if parts is None or _is_invalid(parts):
             return None
-        total += weights[name] * parts["total"]
+        total += weight * parts["total"]
         named |= {f"{name}/{part}": value for part, value in parts.items() if part != "total"}
     return {"total": total} | named

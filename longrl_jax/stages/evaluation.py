@@ -91,7 +91,7 @@ def answer(
                 drawn.append(group)
             bar.update(len(part))
     flat = [item for group in items for item in group]
-    parts = iter(rewards.score(flat, cfg.rewards, judge_of(cfg, "judge_evaluation")))
+    parts = iter(judge(cfg, flat, "judge_evaluation")[1])
     return [
         [
             _row(item, sample, next(parts), mode=mode.name, number=number)
@@ -186,9 +186,21 @@ def scored(prompt: Prompt, sample: Sample, policy: Policy, cfg: Config) -> Score
     )
 
 
+def judge(
+    cfg: Config, items: Sequence[Scored], journal: str
+) -> tuple[rewards.Judged, list[rewards.Parts | None]]:
+    """Returns what the rewards of its source say of every item, and their weighted sums.
+
+    journal: name of what keeps the verdicts of the reward `judge`, as of `judge_of`.
+    """
+    weights = [cfg.rewards_of(item.example.source) for item in items]
+    found = rewards.judged(items, weights, judge_of(cfg, journal))
+    return found, rewards.joined(found, weights)
+
+
 def judge_of(cfg: Config, name: str) -> rewards.judge.Server | None:
     """Returns who judges, with this process's journal of that name in run.dir; None: nobody."""
-    if "judge" not in cfg.rewards:
+    if not any("judge" in weights for weights in cfg.reward_sets.values()):
         return None
     place = f"_{processes.index()}" if processes.index() else ""
     return rewards.judge.Server(chat=cfg.judge, journal=Path(cfg.run.dir) / f"{name}{place}.jsonl")

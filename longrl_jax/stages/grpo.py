@@ -193,14 +193,11 @@ def sampled_sums(cfg: Config, entry: journal.Entry) -> dict[str, tuple[float, fl
     within groups learns nothing from the others. One answer a group has none to differ from.
     """
     reward_GR, valid_GR = totals(cfg, entry)
-    known = [p for p in entry.parts if p is not None]
     samples = [sample for group in entry.groups for sample in group.samples]
     spread = [
         np.ptp(r[v]) > 0 if v.any() else False for r, v in zip(reward_GR, valid_GR, strict=True)
     ]
-    sums: dict[str, tuple[float, float]] = {
-        f"reward/{k}": (sum(p[k] for p in known), len(known)) for k in (known or [{}])[0]
-    }
+    sums = part_sums(entry)
     if cfg.rollout.num_samples > 1:
         sums["reward/mixed"] = int(np.sum(spread)), len(spread)
     return (
@@ -213,6 +210,21 @@ def sampled_sums(cfg: Config, entry: journal.Entry) -> dict[str, tuple[float, fl
             "answer/cut_off": (sum(s.finish_reason == "length" for s in samples), len(samples)),
         }
     )
+
+
+def part_sums(entry: journal.Entry) -> dict[str, tuple[float, float]]:
+    """Returns (sum, count) of every reward part over the answers that have it, and of the total of
+    every source of a mix, `reward/<source>/total`."""
+    sums: dict[str, tuple[float, float]] = {}
+    sources = [group.prompt.example.source for group in entry.groups for _ in group.samples]
+    for source, parts in zip(sources, entry.parts, strict=True):
+        if parts is None:
+            continue
+        of_source = {f"{source}/total": parts["total"]} if source else {}
+        for name, value in (dict(parts) | of_source).items():
+            before, count = sums.get(f"reward/{name}", (0.0, 0.0))
+            sums[f"reward/{name}"] = before + value, count + 1
+    return sums
 
 
 def answer_rows(

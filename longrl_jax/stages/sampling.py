@@ -15,7 +15,7 @@ from longrl_jax.config import AlgorithmConfig, Config
 from longrl_jax.data.refused import RefusedLog
 from longrl_jax.metrics import Phases
 from longrl_jax.stages import questions
-from longrl_jax.stages.evaluation import judge_of, scored
+from longrl_jax.stages.evaluation import judge, scored
 from longrl_jax.stages.policy import Inputs, Policy
 from longrl_jax.stages.questions import Embed
 from longrl_jax.stages.saving import Saver
@@ -221,9 +221,8 @@ def draw(
         groups, sums = roll_out(cfg, engines, asked, embeddings, seeds=seeds)
     with phases.phase("reward"):
         items = answers(cfg, policy, groups)
-        judged = rewards.judged(items, cfg.rewards, judge_of(cfg, "judge"))
-    parts = rewards.joined(judged, cfg.rewards)
-    return journal.Entry(groups=groups, parts=parts, sums=sums | rewards.invalid(judged))
+        found, parts = judge(cfg, items, "judge")
+    return journal.Entry(groups=groups, parts=parts, sums=sums | rewards.invalid(found))
 
 
 def roll_out(

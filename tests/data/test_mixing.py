@@ -8,7 +8,7 @@ import numpy as np
 import published
 import pytest
 
-from longrl_jax import config
+from longrl_jax import config, train
 from longrl_jax.data import loader, mixing
 from longrl_jax.data.fields import RecordError
 from longrl_jax.data.refused import RefusedLog
@@ -18,14 +18,19 @@ SIZES = {"a": 5, "b": 30, "c": 7}
 WEIGHTS = {"a": 0.5, "b": 0.3, "c": 0.2}
 
 
-def data_config(root, names="abc", **fields):
+def mixed_config(root, names="abc", *, filter_by="", **fields):
     mix = [
         {"name": name, "file": f"{name}.jsonl", "weight": WEIGHTS[name]} | fields.get(name, {})
         for name in names
     ]
     tree = {"stage": "sft", "model": {"path": "x"}, "run": {"dir": "x"}}
     tree["data"] = {"root": str(root), "mix": mix, "num_frames": 8}
-    return config.records.build(config.Config, tree).data
+    tree["algorithm"] = {"filter_by": filter_by}
+    return config.records.build(config.Config, tree)
+
+
+def data_config(root, names="abc", **fields):
+    return mixed_config(root, names, **fields).data
 
 
 @pytest.fixture
@@ -231,6 +236,10 @@ BAD = [
     ({"a": {"name": "a/b"}}, "name='a/b' must be letters"),
     ({"a": {"template": "bold"}}, "data.mix: template of a='bold' is unknown"),
     ({"a": {"file": " "}}, "data.mix: file of a=' ' is empty"),
+    ({"b": {"rewards": {"video_qa": "much"}}}, r"data.mix\[1\].rewards.video_qa wants a number"),
+    ({"b": {"rewards": {"video_qa": 0}}}, r"data.mix\[1\].rewards=\{.*every weight is 0"),
+    ({"c": {"rewards": {"judge": 1}}}, r"data.mix\[2\].rewards.judge needs a model that judges"),
+    ({"c": {"rewards": {"overlong": 1}}}, r"data.mix\[2\].rewards.overlong needs rollout.overlong"),
 ]
 
 
@@ -238,6 +247,26 @@ BAD = [
 def test_a_bad_entry_is_refused_by_name(tmp_path, fields, said):
     with pytest.raises(ValueError, match=said):
         data_config(tmp_path, **fields)
+
+
+@pytest.mark.parametrize("name, said", [("exact", "='exact' is unknown"), ("no:f", "'no:f'")])
+def test_a_reward_that_only_an_entry_names_is_looked_up_too(root, name, said):
+    key = r"data.mix\[1\].rewards" if said[0] == "=" else "rewards: the module of "
+    with pytest.raises(ValueError, match=key + said):
+        train.check_names(mixed_config(root, b={"rewards": {name: 1.0}}))
+
+
+def test_groups_are_filtered_by_what_every_source_has(root):
+    numbers = {"rewards": {"numeric": 1.0, "video_qa": 0.5}}
+    mixed_config(root, filter_by="total", a=numbers)
+    mixed_config(root, filter_by="video_qa/accuracy", a=numbers)
+    mixed_config(root, "a", filter_by="numeric/accuracy", a=numbers)  # nothing has `rewards`
+    said = (
+        "filter_by='numeric/accuracy' is of no reward of the source b of data.mix; name total, or "
+        "a part <reward>/<part> of one of video_qa, and of every source"
+    )
+    with pytest.raises(ValueError, match=said):
+        mixed_config(root, filter_by="numeric/accuracy", a=numbers)
 
 
 BAD_AT_OPENING = [
@@ -288,13 +317,21 @@ data:
   num_frames: 8
   mix:
     - {name: films, file: train.jsonl, weight: 2}
-    - {name: math, source: text_math, file: math12k, root: m, template: boxed}
+    - {name: math, source: text_math, file: math12k, root: m, template: boxed,
+       rewards: {numeric: 1}}
 """
     (tmp_path / "a.yaml").write_text(text)
     cfg = config.load(tmp_path / "a.yaml")
     assert cfg.data.mix[1] == config.MixConfig(
-        name="math", source="text_math", file="math12k", root="m", template="boxed"
+        name="math",
+        source="text_math",
+        file="math12k",
+        root="m",
+        template="boxed",
+        rewards={"numeric": 1.0},
     )
+    assert cfg.rewards_of("math") == {"numeric": 1.0}
+    assert cfg.rewards_of("films") == cfg.rewards_of("") == cfg.rewards == {"video_qa": 1.0}
     (tmp_path / "b.yaml").write_text(config.to_yaml(cfg))
     assert config.load(tmp_path / "b.yaml") == cfg
     assert "data.mix[].weight: float = 1.0" in config.describe()

@@ -97,13 +97,12 @@ def test_an_answer_without_a_verdict_is_invalid_and_counted(tmp_path, fault):
         return fault if "unjudged" in asked.text else by_word(asked)
 
     items = [scored("red"), scored("unjudged"), scored("blue")]
+    weights = [{"judge": 1.0, "video_qa": 1.0}] * 3
     with ChatServer(answer) as server:
         found = rewards.judged(
-            items,
-            {"judge": 1.0, "video_qa": 1.0},
-            server_of(server, tmp_path, concurrency=1, max_tries=2),
+            items, weights, server_of(server, tmp_path, concurrency=1, max_tries=2)
         )
-    parts = rewards.joined(found, {"judge": 1.0, "video_qa": 1.0})
+    parts = rewards.joined(found, weights)
     assert [p is None for p in parts] == [False, True, False]
     assert rewards.invalid(found) == {
         "reward/judge/invalid": (1, 3),
