@@ -202,7 +202,7 @@ class _Asker:
     async def _one(self, key: str, request: Request) -> None:
         """Leaves the reply to a request, or its failure, in found and in the journal."""
         about = {"key": key, "name": request.name, "model": self._cfg.model}
-        reason, reached, num_useless, tries = "", False, 0, 0
+        reason, reached, passing, num_useless, tries = "", False, False, 0, 0
         while tries < self._cfg.max_tries and self._error is None:
             await self._wait()
             if self._error is not None:
@@ -213,7 +213,7 @@ class _Asker:
             try:
                 answer = await self._try(request, num_useless)
             except _Passing as trouble:
-                reason, reached = str(trouble), reached or trouble.reached
+                reason, reached, passing = str(trouble), reached or trouble.reached, True
                 self._pause(trouble.pause_s)
                 if tries < self._cfg.max_tries:
                     wait_s = min(FIRST_WAIT_S * 2 ** (tries - 1), MAX_WAIT_S)
@@ -222,9 +222,9 @@ class _Asker:
             except _Refused as refusal:
                 if self._ends_all(refusal):
                     raise
-                reason, reached = str(refusal), True
+                reason, reached, passing = str(refusal), True, False
                 break
-            reached = True
+            reached, passing = True, answer.broken
             seconds = round(time.perf_counter() - started_s, 3)
             reply = replies.reply_of(answer, seconds=seconds, tries=tries)
             reason = self._scrubbed(answer.fault or _fault(reply, request, self._check))
@@ -241,7 +241,7 @@ class _Asker:
         if self._error is not None:
             return
         self._keep(about | {"kind": "failure", "reason": reason, "tries": tries})
-        self.found[key] = Failure(reason=reason, tries=tries, reached=reached)
+        self.found[key] = Failure(reason=reason, tries=tries, reached=reached, passing=passing)
         self._show(failed=1)
         self._bar.update()
         self._num_unreached = 0 if reached else self._num_unreached + 1

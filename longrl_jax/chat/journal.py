@@ -45,6 +45,9 @@ class Failure:
     tries: int
     reached: bool = True
     """Whether the server answered anything at all."""
+    passing: bool = False
+    """Whether the last try met trouble of the server (429, 500, a time-out, a body that is no reply),
+    not a refusal or a reply that will not do: another time it may go well."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

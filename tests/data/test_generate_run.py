@@ -160,6 +160,26 @@ def test_a_server_that_is_gone_leaves_films_for_the_next_run(clean, tmp_path, ca
     assert generation.package(tmp_path) == clean.files
 
 
+@pytest.mark.parametrize("fault", [hang(9), truncated("a page of the provider's")])
+def test_a_film_waits_however_the_server_fails(tmp_path, fault):
+    """It goes down (500, then nothing), or a page comes in place of replies."""
+
+    def answer(asked):
+        if generation.stage_of(asked) != "caption" or "0:30 to" not in asked.text:
+            return generation.answer(asked)
+        return status(500) if asked.visit == 1 else fault
+
+    with ChatServer(answer) as server:
+        path = generation.make(tmp_path, server.base_url, films=1)
+        more = ("servers.all.max_tries=2", "servers.all.timeout_s=2")
+        assert generate(path, *more, stage="split") == 0
+        assert generate(path, *more, stage="caption") == 1
+        assert not (tmp_path / "out" / "rejects.jsonl").read_text()
+        server.answer = generation.answer
+        assert generate(path, *more, stage="caption") == 0
+        assert server.most_paid == 1 + (not fault.seconds)
+
+
 def test_give_up_takes_what_failed_as_rejected(tmp_path):
     def answer(asked):
         lost = generation.stage_of(asked) == "caption" and "0:30 to" in asked.text
@@ -283,6 +303,22 @@ def test_films_are_split_and_open_questions_of_held_out_ones_stand_apart():
     assert 0.24 < len(films["test"]) / 400 < 0.36 and 0.14 < len(films["validation"]) / 400 < 0.26
     fewer, _, _ = package.rows_of(cfg, [film(i) for i in range(200)])  # films that come later
     assert {row["videos"] for row in fewer["test"]} <= films["test"]
+
+
+def test_the_films_may_be_named_through_a_parent_or_a_link(tmp_path, monkeypatch):
+    """data.root holds the films that the records name, or training would refuse every one."""
+    for name in ("disk/films", "work"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "films").symlink_to(tmp_path / "disk" / "films")
+    monkeypatch.chdir(tmp_path / "work")
+    for videos in ("../disk/films", "../films"):
+        cfg = types.SimpleNamespace(
+            videos=videos, out="out", seed=0, package=settings.PackageConfig()
+        )
+        item = {"kind": "goal", "question": "Q", "reasoning": "R", "options": [], "answer": "x"}
+        rows, _, _ = package.rows_of(cfg, [({"film": "1.mp4", "sha256": "0" * 64}, [item])])
+        (record,) = [row for records in rows.values() for row in records]
+        assert (package.root_of(cfg), record["videos"]) == (tmp_path, "disk/films/1.mp4")
 
 
 @pytest.mark.parametrize(
