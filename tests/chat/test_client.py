@@ -285,6 +285,18 @@ def test_the_key_is_sent_and_stands_nowhere(tmp_path, capfd):
     assert "judging" in shown.err and KEY not in shown.err + shown.out + journal.read_text()
 
 
+@pytest.mark.parametrize("key, said", [("EMPTY", "an EMPTY box"), (KEY, "an [key] box")])
+def test_a_reply_is_the_same_from_the_server_and_from_the_journal(tmp_path, monkeypatch, key, said):
+    """A real key is in neither; a word that a local server is given as one is left alone."""
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with ChatServer(lambda asked: f"an {key} box") as server:
+        for _ in range(2):
+            (reply,) = chat.ask([request("a")], config(server), journal=tmp_path / "j")
+            assert reply.text == said
+        assert server.num_asked == 1
+    assert KEY not in (tmp_path / "j").read_text()
+
+
 def test_a_server_elsewhere_needs_a_key_and_one_here_does_not(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # finds no server of this machine

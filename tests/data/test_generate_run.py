@@ -2,6 +2,7 @@
 
 import collections
 import json
+import os
 import resource
 import textwrap
 import types
@@ -180,6 +181,31 @@ def test_a_film_waits_however_the_server_fails(tmp_path, fault):
         assert server.most_paid == 1 + (not fault.seconds)
 
 
+def test_replies_that_are_odd_text_cost_no_more_than_themselves(tmp_path):
+    """Halves of emoji, in a caption and as an escape in JSON, and JSON that nests deeply."""
+
+    def answer(asked):
+        said, stage = generation.answer(asked), generation.stage_of(asked)
+        if stage == "question" and '"goal"' in asked.text:
+            return '{"questions": [{"question": "\\ud83d what is that ?"}]}'
+        if stage == "question" and '"plot"' in asked.text:
+            return '{"questions": [' + "[" * 400 + "]" * 400 + "]}"
+        return said + " \ud83d" if stage == "caption" else said
+
+    with ChatServer(answer) as server:
+        path = generation.make(tmp_path, server.base_url, films=1, question={"forms": ["open"]})
+        assert generate(path, "servers.all.max_tries=1") == 0
+    assert {row["problem_type"] for row in generation.records(tmp_path, "openended")} == {
+        "temporal",
+        "spatial",
+    }
+    rejects = [json.loads(x) for x in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert {(row["kind"], row["reason"]) for row in rejects if "kind" in row} == {
+        ("goal", "question: bad form"),
+        ("plot", "question: no reply"),
+    }
+
+
 def test_give_up_takes_what_failed_as_rejected(tmp_path):
     def answer(asked):
         lost = generation.stage_of(asked) == "caption" and "0:30 to" in asked.text
@@ -271,13 +297,14 @@ def test_bad_films_are_left_out_by_name(tmp_path):
         (folder / "twin.mp4").write_bytes((folder / "film 0.mp4").read_bytes())
         (tmp_path / "secret.mp4").write_bytes((folder / "film 0.mp4").read_bytes())
         (folder / "link.mp4").symlink_to(tmp_path / "secret.mp4")
+        Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.mp4")).write_bytes(b"x")  # Latin-1
         assert generate(path) == 0
         assert server.num_paid <= 60  # the twin costs nothing
     rejects = [json.loads(x) for x in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     reasons = {row["film"]: row["reason"] for row in rejects if row["reason"].startswith("film")}
     assert reasons["empty.mp4"] == "film: empty" and reasons["link.mp4"] == "film: outside"
     assert reasons["cut.mp4"] in ("film: unreadable", "film: truncated", "film: corrupt")
-    assert reasons["twin.mp4"] == "film: twin"
+    assert reasons["twin.mp4"] == "film: twin" and reasons["caf\udce9.mp4"] == "film: odd name"
     assert {row["videos"] for row in generation.records(tmp_path)} == {"films/film 0.mp4"}
 
 
