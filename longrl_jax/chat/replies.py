@@ -61,9 +61,8 @@ def read(body: str) -> Answer:
         fault = "its message has no text"
         if reason == "length":
             fault += ": max_tokens ended before the reasoning did; raise it"
-    return Answer(
-        text=text if isinstance(text, str) else "", finish_reason=reason, fault=fault, tokens=tokens
-    )
+    text = text.encode("utf-8", "replace").decode() if isinstance(text, str) else ""  # surrogates
+    return Answer(text=text, finish_reason=reason, fault=fault, tokens=tokens)
 
 
 def reply_of(answer: Answer, *, seconds: float, tries: int) -> Reply:

@@ -37,7 +37,8 @@ SCHEMA = {
 }
 RIGHT, WRONG = ("correct", "yes", "true"), ("incorrect", "no", "false", "wrong")
 HEDGES = re.compile(
-    r"n['\u2019]t\b|\b(?:not|cannot|never|neither|nor|hardly|part(?:ly|ially)|almost|correct answer)\b"
+    r"n['\u2019]t\b|\bcorrect answer\b|"
+    r"\b(?:not|cannot|never|neither|nor|hardly|almost|part(?:ly|ially))\b"
 )
 """What makes a word of RIGHT or WRONG say something else."""
 

@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from chat_server import ChatServer, hang, status, text, truncated
 
-from longrl_jax import data
+from longrl_jax import chat, data
 from longrl_jax.chat import client
 from longrl_jax.data.generate import __main__ as command
-from longrl_jax.data.generate import package, run, settings
+from longrl_jax.data.generate import budget, package, run, settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -269,6 +269,27 @@ def test_no_request_is_sent_that_could_pass_max_usd(tmp_path):
         assert first > 0 and 0 < run.spent(cfg).usd <= 0.25
         assert generate(path, *tree, "max_usd=100") == 0
         assert server.most_paid <= 2  # blind answers differ in their seed alone
+
+
+def test_a_server_that_says_no_tokens_is_taken_to_have_used_the_most(tmp_path):
+    requests = [
+        chat.Request(messages=({"role": "user", "content": str(i)},), max_tokens=1000)
+        for i in range(40)
+    ]
+    journal = tmp_path / "j.jsonl"
+    more = {"frame_tokens": 0, "journal": journal, "check": None, "name": "stage"}
+    with ChatServer(lambda asked: text("yes", usage=False)) as server:
+        cfg = chat.ChatConfig(
+            base_url=server.base_url,
+            model="any",
+            max_tries=1,
+            usd_per_million_completion_tokens=10,
+        )
+        for _ in range(2):  # a cent a reply; the second run spends nothing more
+            left_usd = 0.105 - chat.spent(journal).usd
+            with pytest.raises(ValueError, match=r"0\.0050 USD are left of max_usd"):
+                budget.Budget(left_usd).ask(requests, cfg, **more)
+            assert server.num_asked == 10 and chat.spent(journal).usd == pytest.approx(0.1)
 
 
 def test_a_full_disk_stops_it_in_words_and_the_next_run_goes_on(clean, tmp_path):
