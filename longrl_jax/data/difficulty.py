@@ -191,10 +191,10 @@ def sample(cfg: config.Config, plan: Plan, source: Any, rows: dict[str, Row]) ->
             answers = evaluation.answer(cfg, policy, engines, batch, embed, inputs, mode=mode)
             films = {prompt.example.id: films_of(prompt) for prompt in batch}
             new = [_row(answered, films[answered[0]["id"]]) for answered in answers]
+            append(plan.out / ANSWERS, new)  # first: a --part that is not clear must cost nothing
+            rows |= {row["id"]: _without_texts(row) for row in new}
             for row in new:
                 counts[verdict(row, plan.bounds)["reason"]] += 1
-            append(plan.out / ANSWERS, new)
-            rows |= {row["id"]: _without_texts(row) for row in new}
             bar.update(read)
             bar.set_postfix(
                 {reason: counts[reason] for reason in REASONS} | {"refused": refused.count}
