@@ -291,11 +291,13 @@ def _drive(
 def _ask(
     cfg: GenerateConfig, name: str, budget: Budget, journal: Path, requests: list[Request]
 ) -> list[Reply | Failure]:
-    section = getattr(cfg, name)
+    section, frame_tokens = getattr(cfg, name), 0
+    if name == "caption":  # a part is a frame, or, of a checkpoint, the whole turn
+        frame_tokens = section.frame_tokens * (section.frames if section.checkpoint else 1)
     return budget.ask(
         requests,
         cfg.servers[section.server],
-        frame_tokens=section.frame_tokens if name == "caption" else 0,
+        frame_tokens=frame_tokens,
         journal=journal,
         check=STAGES[name].check,
         name=name,
