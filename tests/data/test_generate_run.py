@@ -155,6 +155,7 @@ def test_a_server_that_is_gone_leaves_films_for_the_next_run(clean, tmp_path, ca
         assert generate(path, "servers.all.max_tries=2") == 1
         assert "2 films wait for the next run (503: scripted)" in capsys.readouterr().out
         assert server.num_paid == 8  # the other clips of both
+        assert not (tmp_path / "out" / "package").exists()  # nor is one of before emptied
         server.answer = generation.answer
         assert generate(path, "servers.all.max_tries=2") == 0
         assert server.num_paid == clean.paid
