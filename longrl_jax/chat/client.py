@@ -37,6 +37,8 @@ PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529)
 """Statuses that may be others at the next try."""
 CLOSED = (401, 403, 404, 405)
 """Statuses that every other request would get, too."""
+LEAST_KEY = 12
+"""Letters of a key that is taken out of replies."""
 MAX_UNREACHED = 32
 """Requests in a row that may fail without a word from the server; then `ask` ends."""
 MAX_REFUSED = 3
@@ -61,6 +63,9 @@ class Request:
     """False: the server is asked for the schema, but `check` alone says which reply will do."""
     name: str = ""
     """For people who read the journal; no part of what is asked."""
+    most_prompt_tokens: int = 0
+    """Where a server does not say what a reply took, its price is that of so many, and max_tokens;
+    0: nothing. No part of what is asked."""
 
     def __post_init__(self):
         if not self.messages:
@@ -123,7 +128,7 @@ def ask(
 def digest(request: Request, model: str) -> str:
     """Returns the key of a request in the journal: SHA-256 of all that its reply depends on."""
     about = dataclasses.asdict(request)
-    del about["name"], about["enforce"]
+    del about["name"], about["enforce"], about["most_prompt_tokens"]
     text = json.dumps(about | {"model": model}, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -202,7 +207,7 @@ class _Asker:
     async def _one(self, key: str, request: Request) -> None:
         """Leaves the reply to a request, or its failure, in found and in the journal."""
         about = {"key": key, "name": request.name, "model": self._cfg.model}
-        reason, reached, num_useless, tries = "", False, 0, 0
+        reason, reached, passing, num_useless, tries = "", False, False, 0, 0
         while tries < self._cfg.max_tries and self._error is None:
             await self._wait()
             if self._error is not None:
@@ -213,7 +218,7 @@ class _Asker:
             try:
                 answer = await self._try(request, num_useless)
             except _Passing as trouble:
-                reason, reached = str(trouble), reached or trouble.reached
+                reason, reached, passing = str(trouble), reached or trouble.reached, True
                 self._pause(trouble.pause_s)
                 if tries < self._cfg.max_tries:
                     wait_s = min(FIRST_WAIT_S * 2 ** (tries - 1), MAX_WAIT_S)
@@ -222,14 +227,16 @@ class _Asker:
             except _Refused as refusal:
                 if self._ends_all(refusal):
                     raise
-                reason, reached = str(refusal), True
+                reason, reached, passing = str(refusal), True, False
                 break
-            reached = True
+            reached, passing = True, answer.broken
             seconds = round(time.perf_counter() - started_s, 3)
             reply = replies.reply_of(answer, seconds=seconds, tries=tries)
+            text, ending = map(self._without_key, (reply.text, reply.finish_reason))
+            reply = dataclasses.replace(reply, text=text, finish_reason=ending)
             reason = self._scrubbed(answer.fault or _fault(reply, request, self._check))
             self._num_answered += not answer.fault
-            self._keep_paid(about, reply, reason, metered=answer.tokens is not None)
+            self._keep_paid(about, reply, reason, request, metered=answer.tokens is not None)
             if not reason:
                 self._num_unreached = 0
                 self.found[key] = reply
@@ -241,7 +248,7 @@ class _Asker:
         if self._error is not None:
             return
         self._keep(about | {"kind": "failure", "reason": reason, "tries": tries})
-        self.found[key] = Failure(reason=reason, tries=tries, reached=reached)
+        self.found[key] = Failure(reason=reason, tries=tries, reached=reached, passing=passing)
         self._show(failed=1)
         self._bar.update()
         self._num_unreached = 0 if reached else self._num_unreached + 1
@@ -321,12 +328,20 @@ class _Asker:
         self._open_at_s = max(self._open_at_s, time.monotonic() + pause_s)
 
     def _keep_paid(
-        self, about: dict[str, Any], reply: Reply, reason: str, *, metered: bool
+        self,
+        about: dict[str, Any],
+        reply: Reply,
+        reason: str,
+        request: Request,
+        *,
+        metered: bool,
     ) -> None:
         """reason: why it will not do; empty: it will."""
-        cfg = self._cfg
-        usd = cfg.usd_per_million_prompt_tokens * reply.prompt_tokens
-        usd += cfg.usd_per_million_completion_tokens * reply.completion_tokens
+        cfg, tokens = self._cfg, (reply.prompt_tokens, reply.completion_tokens)
+        if not metered and request.most_prompt_tokens:
+            tokens = request.most_prompt_tokens, request.max_tokens
+        usd = cfg.usd_per_million_prompt_tokens * tokens[0]
+        usd += cfg.usd_per_million_completion_tokens * tokens[1]
         usd /= 1e6
         self._show(tokens=reply.prompt_tokens + reply.completion_tokens, usd=usd)
         verdict = {"kind": "refused", "reason": reason} if reason else {"kind": "reply"}
@@ -335,12 +350,16 @@ class _Asker:
 
     def _keep(self, record: dict[str, Any]) -> None:
         if self._book is not None:
-            hidden = {k: self._hidden(v) if isinstance(v, str) else v for k, v in record.items()}
-            self._book.append(hidden)
+            self._book.append(record)
 
     def _scrubbed(self, text: str) -> str:
         text = self._hidden(text)
         return text if len(text) <= 500 else f"{text[:500]} ..."
+
+    def _without_key(self, text: str) -> str:
+        """Returns a reply without the key; words such as EMPTY, that local servers are given as
+        one, are left in it."""
+        return self._hidden(text) if len(self._secret) >= LEAST_KEY else text
 
     def _hidden(self, text: str) -> str:
         """Returns a text without the key, which a server may have echoed."""

@@ -45,6 +45,9 @@ class Failure:
     tries: int
     reached: bool = True
     """Whether the server answered anything at all."""
+    passing: bool = False
+    """Whether the last try met trouble of the server (429, 500, a time-out, a body that is no
+    reply), not a refusal or a reply that will not do: another time it may go well."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,8 +59,8 @@ class Totals:
     """Replies that were paid for and are of no use (cut off, not of the schema): asked again."""
     failures: int = 0
     unmetered: int = 0
-    """Replies, useful or not, whose tokens the server did not say: they lack in the numbers below.
-    """
+    """Replies, useful or not, whose tokens the server did not say: they lack in the two below; usd
+    has what they may have cost (Request.most_prompt_tokens)."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     usd: float = 0.0

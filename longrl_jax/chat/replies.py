@@ -28,16 +28,17 @@ class Answer:
     """Empty: none."""
     tokens: tuple[int, int] | None
     """Of prompt and completion, where the server says them."""
+    broken: bool = False
+    """Whether it is no reply of a model: no JSON, or none with a message."""
 
 
 def read(body: str) -> Answer:
     """Takes a server's body apart."""
     try:
         tree = json.loads(body)
-    except ValueError as error:
-        return Answer(
-            text=body[:2000], finish_reason="", fault=f"the body is no JSON ({error})", tokens=None
-        )
+    except (ValueError, RecursionError) as error:
+        fault = f"the body is no JSON ({error})"
+        return Answer(text=body[:2000], finish_reason="", fault=fault, tokens=None, broken=True)
     tree = tree if isinstance(tree, dict) else {}
     usage = tree.get("usage")
     usage = usage if isinstance(usage, dict) else {}
@@ -49,7 +50,7 @@ def read(body: str) -> Answer:
     choice = choices[0] if isinstance(choices, list) and choices else None
     if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
         fault = "the reply has no choices" if not choices else "its first choice has no message"
-        return Answer(text=body[:2000], finish_reason="", fault=fault, tokens=tokens)
+        return Answer(text=body[:2000], finish_reason="", fault=fault, tokens=tokens, broken=True)
     text, reason = choice["message"].get("content"), str(choice.get("finish_reason") or "")
     fault = ""
     if reason == "content_filter":
@@ -60,9 +61,8 @@ def read(body: str) -> Answer:
         fault = "its message has no text"
         if reason == "length":
             fault += ": max_tokens ended before the reasoning did; raise it"
-    return Answer(
-        text=text if isinstance(text, str) else "", finish_reason=reason, fault=fault, tokens=tokens
-    )
+    text = text.encode("utf-8", "replace").decode() if isinstance(text, str) else ""  # surrogates
+    return Answer(text=text, finish_reason=reason, fault=fault, tokens=tokens)
 
 
 def reply_of(answer: Answer, *, seconds: float, tries: int) -> Reply:

@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from longrl_jax import config, platform, run_folder
-from longrl_jax.data import loader, mixing
+from longrl_jax.data import loader, mixing, prompts
 from longrl_jax.data.longvideo_reason import RecordError, to_record
 from longrl_jax.data.pass_rates import REASONS, Bounds, Row, counted, split, verdict
 from longrl_jax.data.refused import RefusedLog
@@ -189,12 +189,12 @@ def sample(cfg: config.Config, plan: Plan, source: Any, rows: dict[str, Row]) ->
         counts = collections.Counter(verdict(row, plan.bounds)["reason"] for row in rows.values())
         for read, batch in _batches(cfg, policy, source, refused, set(rows)):
             answers = evaluation.answer(cfg, policy, engines, batch, embed, inputs, mode=mode)
-            films = {prompt.example.id: [m.key for m in prompt.media] for prompt in batch}
+            films = {prompt.example.id: films_of(prompt) for prompt in batch}
             new = [_row(answered, films[answered[0]["id"]]) for answered in answers]
+            append(plan.out / ANSWERS, new)  # first: a --part that is not clear must cost nothing
+            rows |= {row["id"]: _without_texts(row) for row in new}
             for row in new:
                 counts[verdict(row, plan.bounds)["reason"]] += 1
-            append(plan.out / ANSWERS, new)
-            rows |= {row["id"]: _without_texts(row) for row in new}
             bar.update(read)
             bar.set_postfix(
                 {reason: counts[reason] for reason in REASONS} | {"refused": refused.count}
@@ -361,6 +361,12 @@ def _batches(
             batch, read = [], 0
     if read:
         yield read, batch
+
+
+def films_of(prompt: Prompt) -> list[str]:
+    """Returns what tells the films of a question from others: their content, whatever part of them
+    it asks about and however that is sampled."""
+    return [prompts.content_digest(Path(m.path)) for m in prompt.media]
 
 
 def _row(answered: Sequence[Mapping[str, Any]], films: Sequence[str]) -> Row:

@@ -16,8 +16,8 @@ ACCURACY = "/accuracy"
 """End of the reward part that is taken where --part names none."""
 
 Row = dict[str, Any]
-"""A judged question: id, kind, video, films (keys of its media), answer, rewards (of every answer:
-parts by name, or None), finish_reasons."""
+"""A judged question: id, kind, video, films (digests of its media), answer, rewards (of every
+answer: parts by name, or None), finish_reasons."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,9 +76,9 @@ def split(
 ) -> list[bool]:
     """Returns which records are for RL; the others are for SFT.
 
-    films: keys of every record's media. By film: records that share one, through others too, stay
-    together. Groups of records in random order: the first ones are SFT's, until its share is as
-    near as a whole group allows.
+    films: digests of every record's media. By film: records that share one, through others too,
+    stay together. Groups of records in random order: the first ones are SFT's, until its share is
+    as near as a whole group allows.
     """
     group_of = _film_groups(films) if by_film else list(range(len(films)))
     sizes = collections.Counter(group_of)

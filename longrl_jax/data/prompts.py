@@ -410,7 +410,8 @@ def _medium(
 
 
 def content_digest(path: Path) -> str:
-    """Returns the SHA-256 of a file, which is read once for as long as it stays as it is."""
+    """Returns the SHA-256 of a file, which is read once for as long as it stays as it is; raises
+    video.VideoError."""
     try:
         stat = path.stat()
         return _digest_of_file(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)

@@ -106,6 +106,7 @@ def asks_judge(cfg: config.Config, benchmark: str) -> bool:
 
 def settings_of(cfg: config.Config, plan: Plan) -> dict[str, Any]:
     """Returns all that the answers depend on, as JSON has it."""
+    from longrl_jax.data import mixing  # here: it brings grain
 
     folder = Path(cfg.model.path)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -118,8 +119,6 @@ def settings_of(cfg: config.Config, plan: Plan) -> dict[str, Any]:
     for path in files:  # not the bytes: a checkpoint may be many gigabytes
         stat = path.stat()
         digest.update(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    from longrl_jax.data import mixing  # here: it brings grain
-
     held_out = mixing.files_of(Path(cfg.data.root), cfg.data.validation)
     data, template = dataclasses.asdict(cfg.data), cfg.data.template_file
     settings = {

@@ -17,12 +17,17 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def reward(items: Sequence[Scored]) -> list[dict[str, float]]:
-    """Returns `f1` (0 to 1), also as `total`, and `exact` (0 or 1)."""
+    """Returns `f1` (0 to 1), also as `total`, and `exact` (0 or 1).
+
+    A text that gives no answer has 0, also where the reference, "A", has no word that counts.
+    """
     results = []
     for item in items:
-        given, wanted = words(answers.given(item)), words(item.example.answer)
-        score = f1(given, wanted)
-        results.append({"total": score, "f1": score, "exact": float(given == wanted)})
+        answer = answers.given(item)
+        given, wanted = words(answer), words(item.example.answer)
+        score = f1(given, wanted) if answer else 0.0
+        exact = float(bool(answer) and given == wanted)
+        results.append({"total": score, "f1": score, "exact": exact})
     return results
 
 

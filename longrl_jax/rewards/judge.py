@@ -35,7 +35,12 @@ SCHEMA = {
     "required": ["verdict"],
     "additionalProperties": False,
 }
-RIGHT, WRONG = ("correct", "yes", "true"), ("incorrect", "no", "false")
+RIGHT, WRONG = ("correct", "yes", "true"), ("incorrect", "no", "false", "wrong")
+HEDGES = re.compile(
+    r"n['\u2019]t\b|\bcorrect answer\b|"
+    r"\b(?:not|cannot|never|neither|nor|hardly|almost|part(?:ly|ially))\b"
+)
+"""What makes a word of RIGHT or WRONG say something else."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,9 +123,10 @@ def verdict(text: str) -> bool | None:
         return said
     if isinstance(said, str) and "<think>" in said:  # cut off before the verdict
         return None
-    found = set(re.findall(r"[a-z]+", said.casefold())) if isinstance(said, str) else set()
+    said = said.casefold() if isinstance(said, str) else ""
+    found = set(re.findall(r"[a-z]+", said))
     right, wrong = found & set(RIGHT), found & set(WRONG)
-    if "not" in found or bool(right) == bool(wrong):
+    if HEDGES.search(said) or bool(right) == bool(wrong):
         return None
     return bool(right)
 

@@ -128,12 +128,25 @@ def test_a_fault_that_stays_is_a_failure_and_asked_again_by_the_next_run(tmp_pat
         assert isinstance(first, chat.Reply) and isinstance(last, chat.Reply)
         assert isinstance(failure, chat.Failure) and failure.tries == 2 and failure.reason
         assert failure.reached == (name not in ("hangs", "cut connection"))
+        useless = ("breaks the schema", "truncated JSON", "no JSON", "deep JSON")
+        assert failure.passing == (name not in useless)
         totals = chat.spent(journal)
         assert (totals.replies, totals.refused, totals.failures) == (2, 2 * num_refused, 1)
         healthy.set()
         replies = chat.ask(asked, cfg, journal=journal)
         assert [json.loads(reply.text)["n"] for reply in replies] == words
         assert server.num_asked == 2 + 2 + 1
+
+
+@pytest.mark.parametrize("last", [hang(2), cut(), status(500), empty_choices(), truncated()])
+@pytest.mark.parametrize("first", ["useless", status(500)])
+def test_the_last_try_says_whether_another_time_may_help(first, last):
+    """A server that fails as it goes down says 500 first, and then nothing."""
+
+    with ChatServer(lambda asked: first if asked.visit == 1 else last) as server:
+        cfg = config(server, timeout_s=1, max_tries=2)
+        (failure,) = chat.ask([request("a", schema=SCHEMA)], cfg, journal=None)
+    assert failure.passing
 
 
 def test_a_reply_that_the_check_refuses_is_asked_again_with_another_seed(tmp_path):
@@ -270,6 +283,18 @@ def test_the_key_is_sent_and_stands_nowhere(tmp_path, capfd):
         assert server.authorizations == {f"Bearer {KEY}"} and "[key]" in failure.reason
     shown = capfd.readouterr()
     assert "judging" in shown.err and KEY not in shown.err + shown.out + journal.read_text()
+
+
+@pytest.mark.parametrize("key, said", [("EMPTY", "an EMPTY box"), (KEY, "an [key] box")])
+def test_a_reply_is_the_same_from_the_server_and_from_the_journal(tmp_path, monkeypatch, key, said):
+    """A real key is in neither; a word that a local server is given as one is left alone."""
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with ChatServer(lambda asked: f"an {key} box") as server:
+        for _ in range(2):
+            (reply,) = chat.ask([request("a")], config(server), journal=tmp_path / "j")
+            assert reply.text == said
+        assert server.num_asked == 1
+    assert KEY not in (tmp_path / "j").read_text()
 
 
 def test_a_server_elsewhere_needs_a_key_and_one_here_does_not(monkeypatch):

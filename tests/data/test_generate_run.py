@@ -2,6 +2,7 @@
 
 import collections
 import json
+import os
 import resource
 import textwrap
 import types
@@ -13,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from chat_server import ChatServer, hang, status, text, truncated
 
-from longrl_jax import data
+from longrl_jax import chat, data
 from longrl_jax.chat import client
 from longrl_jax.data.generate import __main__ as command
-from longrl_jax.data.generate import package, run, settings
+from longrl_jax.data.generate import budget, package, run, settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -154,10 +155,56 @@ def test_a_server_that_is_gone_leaves_films_for_the_next_run(clean, tmp_path, ca
         assert generate(path, "servers.all.max_tries=2") == 1
         assert "2 films wait for the next run (503: scripted)" in capsys.readouterr().out
         assert server.num_paid == 8  # the other clips of both
+        assert not (tmp_path / "out" / "package").exists()  # nor is one of before emptied
         server.answer = generation.answer
         assert generate(path, "servers.all.max_tries=2") == 0
         assert server.num_paid == clean.paid
     assert generation.package(tmp_path) == clean.files
+
+
+@pytest.mark.parametrize("fault", [hang(9), truncated("a page of the provider's")])
+def test_a_film_waits_however_the_server_fails(tmp_path, fault):
+    """It goes down (500, then nothing), or a page comes in place of replies."""
+
+    def answer(asked):
+        if generation.stage_of(asked) != "caption" or "0:30 to" not in asked.text:
+            return generation.answer(asked)
+        return status(500) if asked.visit == 1 else fault
+
+    with ChatServer(answer) as server:
+        path = generation.make(tmp_path, server.base_url, films=1)
+        more = ("servers.all.max_tries=2", "servers.all.timeout_s=2")
+        assert generate(path, *more, stage="split") == 0
+        assert generate(path, *more, stage="caption") == 1
+        assert not (tmp_path / "out" / "rejects.jsonl").read_text()
+        server.answer = generation.answer
+        assert generate(path, *more, stage="caption") == 0
+        assert server.most_paid == 1 + (not fault.seconds)
+
+
+def test_replies_that_are_odd_text_cost_no_more_than_themselves(tmp_path):
+    """Halves of emoji, in a caption and as an escape in JSON, and JSON that nests deeply."""
+
+    def answer(asked):
+        said, stage = generation.answer(asked), generation.stage_of(asked)
+        if stage == "question" and '"goal"' in asked.text:
+            return '{"questions": [{"question": "\\ud83d what is that ?"}]}'
+        if stage == "question" and '"plot"' in asked.text:
+            return '{"questions": [' + "[" * 400 + "]" * 400 + "]}"
+        return said + " \ud83d" if stage == "caption" else said
+
+    with ChatServer(answer) as server:
+        path = generation.make(tmp_path, server.base_url, films=1, question={"forms": ["open"]})
+        assert generate(path, "servers.all.max_tries=1") == 0
+    assert {row["problem_type"] for row in generation.records(tmp_path, "openended")} == {
+        "temporal",
+        "spatial",
+    }
+    rejects = [json.loads(x) for x in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert {(row["kind"], row["reason"]) for row in rejects if "kind" in row} == {
+        ("goal", "question: bad form"),
+        ("plot", "question: no reply"),
+    }
 
 
 def test_give_up_takes_what_failed_as_rejected(tmp_path):
@@ -225,6 +272,27 @@ def test_no_request_is_sent_that_could_pass_max_usd(tmp_path):
         assert server.most_paid <= 2  # blind answers differ in their seed alone
 
 
+def test_a_server_that_says_no_tokens_is_taken_to_have_used_the_most(tmp_path):
+    requests = [
+        chat.Request(messages=({"role": "user", "content": str(i)},), max_tokens=1000)
+        for i in range(40)
+    ]
+    journal = tmp_path / "j.jsonl"
+    more = {"frame_tokens": 0, "journal": journal, "check": None, "name": "stage"}
+    with ChatServer(lambda asked: text("yes", usage=False)) as server:
+        cfg = chat.ChatConfig(
+            base_url=server.base_url,
+            model="any",
+            max_tries=1,
+            usd_per_million_completion_tokens=10,
+        )
+        for _ in range(2):  # a cent a reply; the second run spends nothing more
+            left_usd = 0.105 - chat.spent(journal).usd
+            with pytest.raises(ValueError, match=r"0\.0050 USD are left of max_usd"):
+                budget.Budget(left_usd).ask(requests, cfg, **more)
+            assert server.num_asked == 10 and chat.spent(journal).usd == pytest.approx(0.1)
+
+
 def test_a_full_disk_stops_it_in_words_and_the_next_run_goes_on(clean, tmp_path):
     with ChatServer(generation.answer) as server:
         path = generation.make(tmp_path, server.base_url)
@@ -251,13 +319,14 @@ def test_bad_films_are_left_out_by_name(tmp_path):
         (folder / "twin.mp4").write_bytes((folder / "film 0.mp4").read_bytes())
         (tmp_path / "secret.mp4").write_bytes((folder / "film 0.mp4").read_bytes())
         (folder / "link.mp4").symlink_to(tmp_path / "secret.mp4")
+        Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.mp4")).write_bytes(b"x")  # Latin-1
         assert generate(path) == 0
         assert server.num_paid <= 60  # the twin costs nothing
     rejects = [json.loads(x) for x in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     reasons = {row["film"]: row["reason"] for row in rejects if row["reason"].startswith("film")}
     assert reasons["empty.mp4"] == "film: empty" and reasons["link.mp4"] == "film: outside"
     assert reasons["cut.mp4"] in ("film: unreadable", "film: truncated", "film: corrupt")
-    assert reasons["twin.mp4"] == "film: twin"
+    assert reasons["twin.mp4"] == "film: twin" and reasons["caf\udce9.mp4"] == "film: odd name"
     assert {row["videos"] for row in generation.records(tmp_path)} == {"films/film 0.mp4"}
 
 
@@ -283,6 +352,22 @@ def test_films_are_split_and_open_questions_of_held_out_ones_stand_apart():
     assert 0.24 < len(films["test"]) / 400 < 0.36 and 0.14 < len(films["validation"]) / 400 < 0.26
     fewer, _, _ = package.rows_of(cfg, [film(i) for i in range(200)])  # films that come later
     assert {row["videos"] for row in fewer["test"]} <= films["test"]
+
+
+def test_the_films_may_be_named_through_a_parent_or_a_link(tmp_path, monkeypatch):
+    """data.root holds the films that the records name, or training would refuse every one."""
+    for name in ("disk/films", "work"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "films").symlink_to(tmp_path / "disk" / "films")
+    monkeypatch.chdir(tmp_path / "work")
+    for videos in ("../disk/films", "../films"):
+        cfg = types.SimpleNamespace(
+            videos=videos, out="out", seed=0, package=settings.PackageConfig()
+        )
+        item = {"kind": "goal", "question": "Q", "reasoning": "R", "options": [], "answer": "x"}
+        rows, _, _ = package.rows_of(cfg, [({"film": "1.mp4", "sha256": "0" * 64}, [item])])
+        (record,) = [row for records in rows.values() for row in records]
+        assert (package.root_of(cfg), record["videos"]) == (tmp_path, "disk/films/1.mp4")
 
 
 @pytest.mark.parametrize(

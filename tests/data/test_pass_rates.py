@@ -2,6 +2,7 @@
 
 import json
 import re
+import types
 
 import numpy as np
 import pytest
@@ -67,6 +68,18 @@ def test_verdicts_are_those_of_a_loop_over_the_answers():
 )
 def test_what_a_question_is(values, bounds, reason):
     assert verdict(row(*values), Bounds(**bounds))["reason"] == reason
+
+
+def test_parts_of_one_film_are_one_film(tmp_path):
+    """Questions about spans of a film have other frames, and other entries in the store."""
+    (tmp_path / "a.mp4").write_bytes(b"film")
+    (tmp_path / "copy.mp4").write_bytes(b"film")
+    (tmp_path / "b.mp4").write_bytes(b"another")
+    found = []
+    for name, key in (("a.mp4", "0 to 5 s"), ("copy.mp4", "5 to 9 s"), ("b.mp4", "0 to 5 s")):
+        medium = types.SimpleNamespace(path=str(tmp_path / name), key=key)
+        found.append(difficulty.films_of(types.SimpleNamespace(media=(medium,))))
+    assert found[0] == found[1] != found[2]
 
 
 def test_the_accuracy_must_be_clear():

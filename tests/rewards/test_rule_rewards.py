@@ -204,6 +204,12 @@ def test_f1_is_squads(given, wanted):
     assert parts["exact"] == squad_metrics.compute_exact(wanted, given)
 
 
+def test_no_answer_earns_nothing_where_the_reference_is_an_article():
+    texts = ("It is A.", "<answer></answer>", "<answer>A</answer>", "<answer>B</answer>")
+    parts = free_text.reward([scored(text, "A") for text in texts])
+    assert [(p["total"], p["exact"]) for p in parts] == [(0, 0), (0, 0), (1, 1), (0, 0)]
+
+
 FORMS = {
     "": 0,
     "42": 0,

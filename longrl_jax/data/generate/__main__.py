@@ -101,6 +101,9 @@ def _package(cfg: GenerateConfig, films: Sequence[str]) -> bool:
         if cut is not None and made is not None:
             num_done += 1
             kept += [(about, made.items) for about in cut.items]
+    if not num_done:
+        sys.stdout.write("package: no film is done; what lies there is left alone\n")
+        return True
     rows, steps, rejects = package.rows_of(cfg, kept)
     run.write_rejects(cfg, films)
     path = Path(cfg.out) / "rejects.jsonl"

@@ -1,5 +1,8 @@
 """What requests can cost at most, before they are sent."""
 
+import dataclasses
+import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,15 @@ BYTE_TOKENS = 1.0
 
 def most_usd(request: Request, server: ChatConfig, *, frame_tokens: int) -> float:
     """Returns what one reply to a request costs at most."""
-    prompt = sum(_tokens(message["content"], frame_tokens) for message in request.messages)
-    usd = prompt * server.usd_per_million_prompt_tokens
+    usd = most_prompt(request, frame_tokens) * server.usd_per_million_prompt_tokens
     return (usd + request.max_tokens * server.usd_per_million_completion_tokens) / 1e6
+
+
+def most_prompt(request: Request, frame_tokens: int) -> int:
+    """Returns the tokens of a prompt at most, the schema of the reply counted."""
+    schema = json.dumps(request.schema) if request.schema else ""
+    parts = [message["content"] for message in request.messages]
+    return math.ceil(sum(_tokens(part, frame_tokens) for part in [*parts, schema]))
 
 
 class Budget:
@@ -42,6 +51,10 @@ class Budget:
         """
         if not (server.usd_per_million_prompt_tokens or server.usd_per_million_completion_tokens):
             return chat.ask(requests, server, journal=journal, check=check, progress=name)
+        requests = [
+            dataclasses.replace(x, most_prompt_tokens=most_prompt(x, frame_tokens))
+            for x in requests
+        ]
         got: list[Reply | Failure] = []
         while len(got) < len(requests):
             rest = requests[len(got) :]

@@ -27,7 +27,7 @@ Rows = dict[str, list[dict[str, Any]]]
 
 def root_of(cfg: GenerateConfig) -> Path:
     """Returns data.root of the package: the nearest folder that holds films and package."""
-    both = [str(Path(path).absolute()) for path in (cfg.videos, cfg.out)]
+    both = [str(Path(path).resolve()) for path in (cfg.videos, cfg.out)]  # no .., no link
     root = Path(os.path.commonpath(both))
     if root == Path(root.anchor):
         raise ValueError(
@@ -46,7 +46,7 @@ def rows_of(
     rejects: list[Item] = []
     first: dict[str, str] = {}
     number = 0
-    where = Path(cfg.videos).absolute().relative_to(root_of(cfg))
+    where = Path(cfg.videos).resolve().relative_to(root_of(cfg))
     for about, questions in films:
         film = about["film"]
         if first.setdefault(about["sha256"], film) != film:
@@ -125,7 +125,7 @@ def card(
 ) -> str:
     """Returns README.md. costs: stage -> chat.Totals; about: lines under the title."""
     root = root_of(cfg)
-    inside = (Path(cfg.out).absolute() / "package").relative_to(root).as_posix()
+    inside = (Path(cfg.out).resolve() / "package").relative_to(root).as_posix()
     lines = ["---", "configs:", "- config_name: default", "  data_files:"]
     for split in [split for split in SPLITS if rows[split]]:
         lines += [f"  - split: {split}", f"    path: data/{split}.parquet"]

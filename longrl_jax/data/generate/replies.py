@@ -15,6 +15,8 @@ LEAK = re.compile(
     re.IGNORECASE,
 )
 """Words that tell that nobody watched a film."""
+MOST_LEVELS = 20
+"""Of a reply's JSON: what is left out is written down with the draft, which must be possible."""
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s|\Z)")
 
 
@@ -31,9 +33,19 @@ def json_object(text: str) -> dict[str, Any]:
         tree, end = json.JSONDecoder().raw_decode(said[start:])
     except (ValueError, RecursionError) as error:
         raise ValueError(f"broken JSON ({error}) in {_shown(text)}") from None
+    if _is_deep(tree):
+        raise ValueError(f"JSON nested over {MOST_LEVELS} deep in {_shown(text)}")
     if said[start + end :].strip(" \n\t`"):
         raise ValueError(f"more than one JSON object in {_shown(text)}")
     return tree
+
+
+def _is_deep(tree: Any) -> bool:
+    level = [tree]
+    for _ in range(MOST_LEVELS):
+        parts = [x.values() if isinstance(x, dict) else x for x in level]
+        level = [x for part in parts for x in part if isinstance(x, dict | list)]
+    return bool(level)
 
 
 def check_json(text: str) -> ValueError | None:

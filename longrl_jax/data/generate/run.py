@@ -11,7 +11,6 @@ import functools
 import hashlib
 import itertools
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -40,8 +39,6 @@ from longrl_jax.data.generate.work import Item, Work
 
 MOST_DECODERS = 4
 DECODE_TIMEOUT_S = 600.0
-SERVERS_FAULT = re.compile(r"\d{3}: ")
-"""How the reason begins of a request that a server did not answer (429, 500): others may be."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -280,7 +277,7 @@ def _drive(
         answers = {film: [next(got) for _ in requests] for film, requests in rounds.items()}
         rounds = {}
         for film, replied in answers.items():
-            failed = [x for x in replied if isinstance(x, Failure) and _is_servers(x)]
+            failed = [x for x in replied if isinstance(x, Failure) and x.passing]
             if failed and not give_up:
                 running[film].close()
                 yield film, keys[film], failed[0]
@@ -291,19 +288,16 @@ def _drive(
                 yield film, keys[film], stop.value
 
 
-def _is_servers(failure: Failure) -> bool:
-    """Whether the server, not the reply, was at fault: another time it may answer."""
-    return not failure.reached or SERVERS_FAULT.match(failure.reason) is not None
-
-
 def _ask(
     cfg: GenerateConfig, name: str, budget: Budget, journal: Path, requests: list[Request]
 ) -> list[Reply | Failure]:
-    section = getattr(cfg, name)
+    section, frame_tokens = getattr(cfg, name), 0
+    if name == "caption":  # a part is a frame, or, of a checkpoint, the whole turn
+        frame_tokens = section.frame_tokens * (section.frames if section.checkpoint else 1)
     return budget.ask(
         requests,
         cfg.servers[section.server],
-        frame_tokens=section.frame_tokens if name == "caption" else 0,
+        frame_tokens=frame_tokens,
         journal=journal,
         check=STAGES[name].check,
         name=name,

@@ -52,6 +52,8 @@ def steps(film: str, before: Any, cfg: GenerateConfig) -> Generator[Any, Any, An
     path = root / film
     if not path.resolve().is_relative_to(root.resolve()):
         return [], [work.reject("film: outside", f"{film} is a link that leaves {root}")]
+    if film.encode(errors="replace").decode() != film:
+        return [], [work.reject("film: odd name", f"{film!r}: rename it; no record can name it")]
     try:
         shown = video.timeline(path)
     except video.VideoError as error:

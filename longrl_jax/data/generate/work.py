@@ -20,6 +20,8 @@ FORMAT = 1
 """Raise it when the same inputs would give other items."""
 Item = dict[str, Any]
 """Of what a stage makes: a clip, a caption, a story, a question; plain JSON."""
+NO_UNICODE = "backslashreplace"
+"""Of halves of surrogate pairs (a model's "\\ud83d", odd file names): so JSON has them, too."""
 ROOM = "the work so far is kept: free some room and run the same command again"
 
 
@@ -38,7 +40,7 @@ class Work:
 def digest(value: Any) -> str:
     """Returns a digest of plain JSON."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", NO_UNICODE)).hexdigest()
 
 
 def key_of(stage: str, settings: dict[str, Any], texts: str, before: Any) -> str:
@@ -77,7 +79,7 @@ def write(out: Path, stage: str, work: Work) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file, whole or not at all. Raises OSError that says what to do."""
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode("utf-8", NO_UNICODE))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
