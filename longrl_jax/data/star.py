@@ -54,7 +54,7 @@ def _options(value: Any, where: str) -> list[str]:
 
 def _span(row: dict[str, Any], where: str) -> tuple[float, float] | None:
     """Returns start and end; None where neither is there."""
-    numbers = [row.get("start"), row.get("end")]
+    numbers: list[Any] = [row.get("start"), row.get("end")]
     if numbers == [None, None]:
         return None
     for name, value in zip(("start", "end"), numbers, strict=True):
