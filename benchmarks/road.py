@@ -94,20 +94,20 @@ def _scores() -> list[str]:
     lines = [f"| {found['grpo']['questions']} questions, per cent right | {' | '.join(found)} |"]
     lines += ["|---" * (len(found) + 1) + "|"]
     for mode in found["grpo"]["modes"]:
-        for part in (road.PART, "official/correct"):
+        for part in road.PARTS:
             cells = [shown(one["modes"][mode]["all"][part]) for one in found.values()]
             lines.append(f"| {mode}, {part.split('/')[0]} | {' | '.join(cells)} |")
     for kind in found["grpo"]["modes"]["greedy"]:
-        cells = [shown(one["modes"]["greedy"][kind][road.PART]) for one in found.values()]
+        cells = [shown(one["modes"]["greedy"][kind][road.STRICT]) for one in found.values()]
         lines.append(f"| greedy, strict, {kind} | {' | '.join(cells)} |")
     for name in found["grpo"]["baselines"]:
         cells = [shown_or_none(one["baselines"][name].get("all")) for one in found.values()]
         lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
     for after, before in (("sft", "start"), ("grpo", "sft"), ("grpo", "start")):
-        outs = [road.RUNS / "evaluate" / name for name in (after, before)]
+        outs = road.scored(after), road.scored(before)
         lines.append(f"\n{after} minus {before}, question by question, strict, points:\n")
         for mode in ("greedy", "sampled"):
-            gains = scores.difference(*outs, mode=mode, part=road.PART)
+            gains = scores.difference(*outs, mode=mode, part=road.STRICT)
             lines.append(f"- {mode}: " + ", ".join(f"{k} {shown(v)}" for k, v in gains.items()))
     return lines
 

@@ -22,12 +22,14 @@ from longrl_jax.commands import run, say, serving, shown
 DATA, RUNS = Path("data/road"), Path("runs/road")
 CAPTIONER = Path("runs/captioner")
 START = Path("configs/models/tiny_vila_start")
-GENERATE, SFT, GRPO = (f"configs/road/{name}.yaml" for name in ("generate", "sft", "grpo"))
+GENERATE = "configs/generate/road.yaml"
+SFT, GRPO = "configs/road/sft.yaml", "configs/road/grpo.yaml"
 PACKAGE, FILTERED = DATA / "out" / "package", DATA / "difficulty"
 SCORED = {"start": START, "sft": RUNS / "sft" / "export", "grpo": RUNS / "grpo" / "export"}
 """Who is scored: name of the evaluation -> checkpoint."""
-PART = "strict/correct"
-"""Of the benchmark's scores, the one that the summary compares."""
+BENCHMARK = "longvideo_reason"
+PARTS = STRICT, OFFICIAL = "strict/accuracy", "official/accuracy"
+"""Scores of the benchmark."""
 SERVERS = {
     "captioner": (
         "serve",
@@ -123,17 +125,21 @@ def whole_package() -> str:
 
 
 def evaluation(name: str) -> Step:
-    out = RUNS / "evaluate" / name
     return Step(
         title=f"questions about held-out films, asked of {SCORED[name]}",
         command=(
             *("longrl_jax.evaluate", SFT, f"model.path={SCORED[name]}"),
-            *("--benchmark", "longvideo_reason", "data.num_frames=32", "rollout.max_tokens=48"),
+            *("--benchmark", BENCHMARK, "data.num_frames=32", "rollout.max_tokens=48"),
             f"data.validation={(PACKAGE / 'test.jsonl').relative_to(DATA)}",
-            *("--samples", "4", "--examples", "all", "--out", str(out)),
+            *("--samples", "4", "--examples", "all", "--out", str(scored(name).parent)),
         ),
-        made=out / "scores.json",
+        made=scored(name) / "scores.json",
     )
+
+
+def scored(name: str) -> Path:
+    """Returns the folder of an evaluation."""
+    return RUNS / "evaluate" / name / BENCHMARK
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -189,22 +195,22 @@ def summary() -> None:
     )
     say(f"  {'':20s} " + " ".join(f"{name:24s}" for name in found))
     for mode in found["grpo"]["modes"]:
-        for part in (PART, "official/correct"):
+        for part in PARTS:
             cells = [shown(one["modes"][mode]["all"][part]) for one in found.values()]
             name = f"{mode.replace('_', ' ')}, {part.split('/')[0]}"
             say(f"  {name:20s} " + " ".join(f"{cell:24s}" for cell in cells))
     for kind in found["grpo"]["modes"]["greedy"]:
-        cells = [shown(one["modes"]["greedy"][kind][PART]) for one in found.values()]
+        cells = [shown(one["modes"]["greedy"][kind][STRICT]) for one in found.values()]
         say(f"  {'greedy, ' + kind:20s} " + " ".join(f"{cell:24s}" for cell in cells))
     for after, before in (("sft", "start"), ("grpo", "sft")):
-        outs = [RUNS / "evaluate" / name for name in (after, before)]
-        gain = scores.difference(*outs, mode="greedy", part=PART)["all"]
+        outs = scored(after), scored(before)
+        gain = scores.difference(*outs, mode="greedy", part=STRICT)["all"]
         say(f"  {after} - {before}, question by question: {shown(gain)}")
     say(f"look at {RUNS / 'report.html'}, {FILTERED / 'histogram.html'}, {PACKAGE / 'README.md'}")
 
 
 def read_scores(name: str) -> dict[str, Any]:
-    return json.loads((RUNS / "evaluate" / name / "scores.json").read_text())
+    return json.loads((scored(name) / "scores.json").read_text())
 
 
 if __name__ == "__main__":
