@@ -67,23 +67,22 @@ def test_the_template_puts_a_packaged_question_as_the_start_has_learned_it():
 
 
 def test_finished_steps_are_skipped(tmp_path, capsys):
-    """synthetic refuses a folder that is not empty, so a second run of it would end the road."""
-    folder = tmp_path / "films"
-    command = ("longrl_jax.data.synthetic", str(folder), "--clips", "1", "--validation", "0")
-    step = road.Step(title="films", command=command, made=folder / "train.jsonl")
+    (tmp_path / "in.json").write_text("{}")
+    made = tmp_path / "made.json"
+    step = road.Step(
+        title="", command=("json.tool", str(tmp_path / "in.json"), str(made)), made=made
+    )
     for _ in range(2):
         road.walk([step], tmp_path / "times.jsonl")
-    assert capsys.readouterr().out.count("$ python -m") == 1
+    assert capsys.readouterr().out.count("$ python -m json.tool") == 1
     assert len((tmp_path / "times.jsonl").read_text().splitlines()) == 1
     (tmp_path / "scores.json").write_text('{"complete": false}')
     assert not road.is_made(tmp_path / "scores.json")
 
 
 def test_a_failing_step_ends_the_road(tmp_path):
-    step = road.Step(
-        title="", command=("longrl_jax.data.synthetic", "--nothing"), made=tmp_path / "made"
-    )
-    with pytest.raises(SystemExit, match="exit status 2"):
+    step = road.Step(title="", command=("json.tool", "--nothing"), made=tmp_path / "made")
+    with pytest.raises(SystemExit, match="json.tool failed with exit status 2"):
         road.walk([step], tmp_path / "times.jsonl")
     assert not (tmp_path / "times.jsonl").exists()
 
@@ -97,6 +96,6 @@ def test_a_server_lives_as_long_as_its_block(tmp_path):
 
 
 def test_a_server_that_cannot_start_is_named(tmp_path):
-    server = commands.serving(tmp_path / "log", "longrl_jax.data.generate", "no-such")
-    with pytest.raises(SystemExit, match=r"ended with exit status 2; see .*log"), server:
+    server = commands.serving(tmp_path / "log", "json.tool")  # which knows no --port
+    with pytest.raises(SystemExit, match=r"json.tool ended with exit status 2; see .*log"), server:
         pass
