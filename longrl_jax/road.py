@@ -70,9 +70,9 @@ def steps() -> list[Step]:
             made=CAPTIONER / "finished.json",
         ),
         Step(
-            title="the folder of videos: 160 other films",
+            title="the folder of videos: 200 other films",
             command=(
-                *("longrl_jax.data.synthetic", str(DATA / "films"), "--clips", "160"),
+                *("longrl_jax.data.synthetic", str(DATA / "films"), "--clips", "200"),
                 *("--validation", "0", "--seed", "21"),
             ),
             made=DATA / "films" / "train.jsonl",
