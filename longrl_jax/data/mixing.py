@@ -16,7 +16,7 @@ from typing import Any
 import grain
 
 from longrl_jax.config import DataConfig, pick
-from longrl_jax.data import SOURCES
+from longrl_jax.data import SOURCES, parquet
 from longrl_jax.data.fields import RecordError
 from longrl_jax.types import Example
 
@@ -44,14 +44,10 @@ def open_training(data: DataConfig) -> Any:
 
 
 def training_files(data: DataConfig) -> list[Path]:
-    """Returns the files that open_training reads; of a folder all that lie in it."""
+    """Returns the files that open_training reads."""
     root = Path(data.root)
-    named = [root / part.root / part.file for part in data.mix] or [root / data.train]
-    return [
-        file
-        for path in named
-        for file in (sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path])
-    ]
+    named = [(root / part.root, part.file) for part in data.mix] or [(root, data.train)]
+    return [path for folder, file in named for path in parquet.files_of(folder, file)]
 
 
 def template_of(data: DataConfig, example: Example) -> str:

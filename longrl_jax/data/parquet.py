@@ -122,6 +122,11 @@ def is_parquet(root: Path, file: str) -> bool:
     return file.endswith(".parquet") or (root / file).is_dir()
 
 
+def files_of(root: Path, file: str) -> list[Path]:
+    """Returns the files that a data file of any format stands for: its shards, or itself."""
+    return [root / name for name in (shards(root, file) if is_parquet(root, file) else [file])]
+
+
 def shards(root: Path, file: str) -> list[str]:
     """Returns the paths, under root, of the parquet files that a name stands for: one file, a
     pattern (data/train-*.parquet), or a folder with the files in it, or in its folder data.

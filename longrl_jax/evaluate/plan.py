@@ -102,6 +102,8 @@ def asks_judge(cfg: config.Config, benchmark: str) -> bool:
 
 def settings_of(cfg: config.Config, plan: Plan) -> dict[str, Any]:
     """Returns all that the answers depend on, as JSON has it."""
+    from longrl_jax.data import parquet  # here: longrl_jax.data brings JAX
+
     folder = Path(cfg.model.path)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if not files:
@@ -121,7 +123,9 @@ def settings_of(cfg: config.Config, plan: Plan) -> dict[str, Any]:
         "rollout": [cfg.rollout.dtype, cfg.rollout.max_tokens, cfg.rollout.max_model_len],
         "batch.max_row_tokens": cfg.batch.max_row_tokens,
         "data": {name: value for name, value in data.items() if name not in FREE},
-        "content of data.validation": _digest(*_held_out(cfg.data)),
+        "content of data.validation": _digest(
+            *parquet.files_of(Path(cfg.data.root), cfg.data.validation)
+        ),
         "content of data.template_file": template and _digest(Path(template)),
         "seed": cfg.seed,
         "--samples": plan.num_samples,
@@ -147,15 +151,6 @@ def step_of(checkpoint: str) -> int | None:
         return None
     lines = metrics.read_text(encoding="utf-8").splitlines()
     return json.loads(lines[-1])["step"] if lines else None
-
-
-def _held_out(data: config.DataConfig) -> list[Path]:
-    """Returns the files of data.validation, which may be the shards of a folder."""
-    from longrl_jax.data import parquet
-
-    root, file = Path(data.root), data.validation
-    shards = parquet.is_parquet(root, file) or "*" in file
-    return [root / name for name in (parquet.shards(root, file) if shards else [file])]
 
 
 def _digest(*paths: Path) -> str:

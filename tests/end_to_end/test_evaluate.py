@@ -69,6 +69,12 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
+@pytest.fixture
+def vllm_is_imported():
+    """Its log handlers keep the stdout of the import, which must not be a test's own."""
+    from rollout_bridge import vllm_engine  # noqa: F401
+
+
 def run(cfg, plan, model):
     return answering.run(cfg, plan, planned.begun(cfg, plan), model)
 
@@ -189,7 +195,7 @@ def check_resumes(cfg, plan, found, model, monkeypatch):
 
 @pytest.mark.slow
 def test_a_benchmark_with_and_without_thinking_over_frames(
-    configured, world, tmp_path, monkeypatch, capsys
+    configured, vllm_is_imported, tmp_path, monkeypatch, capsys
 ):
     """One command, four evaluations, one engine; official and strict scores of each."""
     cfg = configured("tiny_cpu_grpo.yaml", "rollout.process=inline")
