@@ -35,8 +35,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("output", type=Path)
+    parser.add_argument("--note", default="", help="a sentence about the run, for its head")
     args = parser.parse_args()
     lines = [f"# From a folder of videos to a scored model\n\n`make road`, {_about()}.\n"]
+    lines += [f"{args.note}\n"] * bool(args.note)
     lines += ["## What was run, and how long\n", *_times()]
     lines += ["\n## What was generated\n", *_generated()]
     lines += ["\n## What the filter kept\n", *_kept()]
