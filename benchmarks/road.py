@@ -115,7 +115,7 @@ def _scores() -> list[str]:
 
 
 def shown_or_none(score: dict[str, Any] | None) -> str:
-    return shown(score) if score else ""
+    return shown({"low": None, "high": None} | score) if score else ""
 
 
 if __name__ == "__main__":
