@@ -1,4 +1,5 @@
 # make demo   the whole thing on a laptop CPU: synthetic videos, SFT, GRPO with vLLM, evaluation
+# make road   from a folder of videos to a scored model: captions, questions, filter, SFT, GRPO, scores; goes on after a kill
 # make test   the tests that fit in a few minutes;  make test-all: every test
 # make start  makes a checkpoint like the demo's start, runs/start/tiny_vila_start, from nothing: 35 minutes
 # make hour   GRPO on hour-long films, 3,600 frames and 21,670 tokens a prompt, 8 devices: about 15 minutes
@@ -29,7 +30,7 @@ CHECK_ARGS ?=
 
 PYTHON_M := $(BIN)/python -m longrl_jax
 
-.PHONY: install demo start hour plan test test-slow test-all check-gpu check-real lint clean
+.PHONY: install demo road start hour plan test test-slow test-all check-gpu check-real lint clean
 
 install: $(STAMP)
 
@@ -39,6 +40,9 @@ $(STAMP): pyproject.toml constraints.txt constraints-cpu.txt install.sh
 
 demo: $(STAMP)
 	$(BIN)/python -m longrl_jax.demo
+
+road: $(STAMP)
+	$(BIN)/python -m longrl_jax.road
 
 start: $(STAMP)
 	[ -e data/start/train.jsonl ] || \

@@ -67,7 +67,7 @@ def synthetic_road() -> list[str]:
     seen = collections.Counter()
     for number, name in enumerate(split.find_films(Path(cfg.videos))):
         story = synthetic.make_clip(SEED, "train", number)[0]
-        seen += _compared(cfg, name, story)
+        seen += compared(cfg, name, story)
     rows = [
         ["captions word for word", seen["exact"], seen["clips"]],
         ["clips whose visitors' colours are right", seen["colours"], seen["clips"]],
@@ -120,7 +120,7 @@ def real_clip(package: Path) -> list[str]:
     ]
 
 
-def _compared(cfg: settings.GenerateConfig, name: str, story: stories.Story) -> collections.Counter:
+def compared(cfg: settings.GenerateConfig, name: str, story: stories.Story) -> collections.Counter:
     """Counts what of a film's captions and questions is true of it."""
     seen: collections.Counter = collections.Counter()
     captions, verified = (run.work_of(cfg, stage, name) for stage in ("caption", "verify"))

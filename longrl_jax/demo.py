@@ -6,14 +6,12 @@ moves earlier runs aside.
 
 import argparse
 import json
-import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from longrl_jax import scores
+from longrl_jax.commands import run, say, shown
 
 DATA, RUNS = Path("data/tiny"), Path("runs/demo")
 START = Path("configs/models/tiny_vila_start")
@@ -73,14 +71,6 @@ def move_aside(folder: Path) -> None:
         folder.rename(folder.with_name(f"{folder.name}.{int(folder.stat().st_mtime)}"))
 
 
-def run(module: str, *arguments: str) -> None:
-    """Runs `python -m module arguments`; ends the demo if that fails."""
-    say(f"$ python -m {module} {shlex.join(arguments)}")
-    done = subprocess.run([sys.executable, "-m", module, *arguments], check=False)
-    if done.returncode:
-        sys.exit(f"demo: python -m {module} failed with exit status {done.returncode}")
-
-
 def summary(sft: Path, grpo: Path) -> None:
     """Prints what the two stages scored, and what blind guessing would."""
     before, after = (read_scores(folder) for folder in (sft, grpo))
@@ -105,20 +95,6 @@ def summary(sft: Path, grpo: Path) -> None:
 
 def read_scores(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "evaluate" / folder.name / "scores.json").read_text())
-
-
-def shown(score: scores.Score) -> str:
-    """Writes a score as percent with its interval."""
-    text = f"{100 * (score['mean'] or 0.0):.1f} %"
-    low, high = score["low"], score["high"]
-    if low is not None and high is not None:
-        text += f" ({100 * low:.1f} to {100 * high:.1f})"
-    return text
-
-
-def say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

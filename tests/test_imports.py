@@ -46,6 +46,8 @@ LAYER = {  # the longest prefix counts; a module that has no row fails the test
     "longrl_jax.convert": 4,
     "longrl_jax.check": 4,
     "longrl_jax.demo": 4,
+    "longrl_jax.road": 4,
+    "longrl_jax.commands": 3,
     "longrl_jax.plan": 4,
     "longrl_jax.stages": 4,
 }

@@ -5,7 +5,8 @@
 It stands in for the large models of the stages merge, question, rewrite and verify where none can
 run, on films of the synthetic family alone (data/stories.py). All that it knows is in the request:
 it reads the visitors and the walker out of the captions, as wrong as these are, writes questions
-about them, solves such questions from a story, and guesses without one. It cannot see pictures.
+about them in the words of data/stories.py, which tiny policies can read, solves such questions from
+a story, and guesses without one. It cannot see pictures.
 """
 
 import collections
@@ -18,14 +19,24 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from longrl_jax.data.stories import COLORS, CORNERS, LETTERS, SIDES
+from longrl_jax.data.generate import clock
+from longrl_jax.data.stories import (
+    COLORS,
+    CORNERS,
+    FPS,
+    LETTERS,
+    SECONDS_BETWEEN,
+    SIDES,
+    told_time,
+)
 
 MODEL = "oracle-not-a-model"
 LINE = re.compile(r"\[(\S+) - (\S+)\] (.*)")
 SEEN = re.compile(rf"\b({'|'.join(COLORS)}) ({'|'.join(SIDES)}|middle)\b")
+LOOK = re.compile(r"[^.]+")
 WALKER = re.compile(rf"\bwhite walker to ({'|'.join(CORNERS)}) ({'|'.join(COLORS)}) pad\b")
 OPTION = re.compile(r"^([A-D])\. (.*)$", re.MULTILINE)
-ORDINALS = ("First", "Then", "After that", "Later", "Finally")
+NEIGHBOUR = re.compile(r"right (?:after|before) the (\w+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +46,8 @@ class Visit:
     color: str
     side: str
     """Where it was seen first; middle: it came unseen."""
-    start: str
-    end: str
-    """Of the line that tells of it first."""
+    moment_s: int
+    """When it is there, the first time that the captions tell; even, as stories tell times."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,20 +55,32 @@ class Told:
     """What a story says."""
 
     visits: tuple[Visit, ...]
-    walker: tuple[str, str, str, str] | None
-    """Start and end of the last line that tells of it, corner, colour of the pad."""
+    walker: tuple[int, str, str] | None
+    """The last moment that is told of it, corner, colour of the pad."""
 
 
 def read_story(text: str) -> Told:
     visits: list[Visit] = []
     walker = None
     for start, end, said in LINE.findall(text):
-        for color, place in SEEN.findall(said):
-            if not visits or visits[-1].color != color:
-                visits.append(Visit(color, place, start, end))
-        for corner, color in WALKER.findall(said):
-            walker = start, end, corner, color
+        start_s, end_s = clock.seconds(start), clock.seconds(end)
+        looks = [look for look in LOOK.findall(said) if look.strip()]
+        for i, look in enumerate(looks):
+            share = i / (len(looks) - 1) if i else 0.0
+            moment_s = _moment(start_s, end_s, share)
+            for color, place in SEEN.findall(look):
+                if not visits or visits[-1].color != color:
+                    visits.append(Visit(color, place, moment_s))
+            for corner, color in WALKER.findall(look):
+                walker = _moment(start_s, end_s, 1.0), corner, color
     return Told(tuple(visits), walker)
+
+
+def _moment(start_s: float, end_s: float, share: float) -> int:
+    """Returns the even second of a clip after a share of its frames: a caption tells its looks in
+    order, the first of its first frame, the last of its last."""
+    last_s = max(start_s, end_s - SECONDS_BETWEEN)
+    return round((start_s + share * (last_s - start_s)) / SECONDS_BETWEEN) * SECONDS_BETWEEN
 
 
 def reply(messages: list[dict[str, Any]], seed: int) -> str:
@@ -76,7 +98,7 @@ def reply(messages: list[dict[str, Any]], seed: int) -> str:
             {"questions": _questions(read_story(story), kind[1], count, choice, luck)}
         )
     if steps := _tagged("steps", text):
-        return _retold(steps, _tagged("answer", text))
+        return _retold(steps, question, _tagged("answer", text))
     if candidate := _tagged("candidate", text):
         same = sorted(re.findall(r"\w+", candidate.lower())) == sorted(
             re.findall(r"\w+", _tagged("reference", text).lower())
@@ -162,7 +184,7 @@ def _questions(told: Told, kind: str, count: int, choice: bool, luck: int) -> li
         return []
     first, drafts = luck % len(found), []
     for question, right, wrong, looked in [*found[first:], *found[:first]][:count]:
-        draft: dict[str, Any] = {"question": question}
+        draft: dict[str, Any] = {"question": f"{question} ?"}
         if choice:
             options = [right, *wrong[:3]]
             turn = luck % len(LETTERS)
@@ -170,67 +192,59 @@ def _questions(told: Told, kind: str, count: int, choice: bool, luck: int) -> li
             draft |= {"options": options, "answer": LETTERS[options.index(right)]}
         else:
             draft["answer"] = right
-        draft["reasoning"] = [{"start": a, "end": b, "text": text} for a, b, text in looked]
+        draft["reasoning"] = [
+            {"start": clock.told(at), "end": clock.told(at + SECONDS_BETWEEN), "text": seen}
+            for at, seen in looked
+        ]
         drafts.append(draft)
     return drafts
 
 
-Written = tuple[str, str, list[str], list[tuple[str, str, str]]]
-"""Question, right answer, wrong ones, steps (start, end, what is seen)."""
+Written = tuple[str, str, list[str], list[tuple[int, str]]]
+"""Question, right answer, wrong ones, steps (moment in seconds, what is seen)."""
 
 
 def _temporal(told: Told) -> Iterator[Written]:
     times = collections.Counter(visit.color for visit in told.visits)
-    for known, right in itertools.pairwise(told.visits):
+    pairs = list(itertools.pairwise(told.visits))
+    named = [(a, "after", b) for a, b in pairs] + [(b, "before", a) for a, b in pairs]
+    for known, word, right in named:
         if times[known.color] > 1 or known.color == right.color:
             continue
         others = [color for color in COLORS if color not in (known.color, right.color)]
         others.sort(key=lambda color: times[color] == 0)  # those who come are better decoys
-        yield (
-            f"Which colour is the visitor that comes right after the {known.color} one?",
-            right.color,
-            others,
-            [
-                (known.start, known.end, f"The {known.color} visitor comes."),
-                (right.start, right.end, f"The next visitor is {right.color}."),
-            ],
-        )
+        question = f"which visitor came right {word} the {known.color}"
+        yield question, right.color, others, _arrivals(told)
 
 
 def _goal(told: Told) -> Iterator[Written]:
     if told.walker:
-        start, end, corner, color = told.walker
-        yield (
-            "Which colour is the pad that the white walker is trying to reach?",
-            color,
-            [other for other in COLORS if other != color],
-            [(start, end, f"The white walker heads for the {corner} corner, the {color} pad.")],
-        )
+        at, corner, color = told.walker
+        others = [other for other in COLORS if other != color]
+        question = "which pad is the white walker trying to reach"
+        yield question, color, others, [(at, f"white walker to {corner}")]
 
 
 def _plot(told: Told) -> Iterator[Written]:
-    first = told.visits[:3]
-    if len({visit.color for visit in first}) < 3:
+    first = [visit.color for visit in told.visits[:3]]
+    if len(set(first)) < 3:
         return
-    orders = [", then ".join(visit.color for visit in x) for x in itertools.permutations(first)]
-    yield (
-        "In which order do the first three visitors come?",
-        orders[0],
-        orders[1:],
-        [(visit.start, visit.end, f"A {visit.color} visitor comes.") for visit in first],
-    )
+    orders = [" ".join(order) for order in itertools.permutations(first)]
+    question = "in which order do the first three visitors come"
+    yield question, orders[0], orders[1:], _arrivals(told)
 
 
 def _spatial(told: Told) -> Iterator[Written]:
     times = collections.Counter(visit.color for visit in told.visits)
     for visit in told.visits:
         if times[visit.color] == 1 and visit.side in SIDES:
-            yield (
-                f"From which side does the {visit.color} visitor come?",
-                visit.side,
-                [side for side in SIDES if side != visit.side],
-                [(visit.start, visit.end, f"The {visit.color} visitor comes from {visit.side}.")],
-            )
+            wrong = [side for side in SIDES if side != visit.side]
+            question = f"from which side does the {visit.color} come"
+            yield question, visit.side, wrong, [(visit.moment_s, visit.color)]
+
+
+def _arrivals(told: Told) -> list[tuple[int, str]]:
+    return [(visit.moment_s, visit.color) for visit in told.visits]
 
 
 WRITERS: dict[str, Callable[[Told], Iterator[Written]]] = {
@@ -245,24 +259,28 @@ def solved(told: Told, question: str, luck: int) -> str:
     """Returns the answer by the story; a guess where it does not say it."""
     options = OPTION.findall(question)
     asked = OPTION.sub("", question).strip()
-    known = {text: right for write in WRITERS.values() for text, right, _, _ in write(told)}.get(
-        asked
-    )
+    known = {
+        f"{text} ?": right for write in WRITERS.values() for text, right, _, _ in write(told)
+    }.get(asked)
     if options:
         letters = [letter for letter, text in options if text == known]
         return letters[0] if letters else LETTERS[luck % len(LETTERS)]
     return known or [*COLORS, *SIDES][luck % (len(COLORS) + len(SIDES))]
 
 
-def _retold(steps: str, answer: str) -> str:
-    said = [text for _, _, text in LINE.findall(steps)]
-    parts = [
-        f"{word}, {text[0].lower()}{text[1:]}"
-        for word, text in zip(
-            itertools.chain(ORDINALS, itertools.repeat("Then")), said, strict=False
-        )
-    ]
-    return f"I go through the film. {' '.join(parts)} So it is: {answer}."
+def _retold(steps: str, question: str, answer: str) -> str:
+    """Returns a reasoning as data/stories.py has it: moments and what they show, the answer, and
+    where there are options its letter."""
+    looked = [(clock.seconds(start), seen) for start, _, seen in LINE.findall(steps)]
+    seen = "".join(f"{told_time(round(at) * FPS)} {what}" for at, what in looked)
+    if known := NEIGHBOUR.search(question):
+        seen += f". {known[0].replace('the ', '')} is"
+    elif "which order" in question:
+        seen += ". order is"
+    elif "which side" in question:
+        seen += " from"
+    letters = [letter for letter, text in OPTION.findall(question) if text == answer]
+    return " ".join([seen, answer, *(f"= {letter}" for letter in letters[:1])])
 
 
 def _condensed(notes: str) -> Iterator[dict[str, str]]:
