@@ -225,7 +225,7 @@ def write_clevrer(root: Path) -> str:
 
 
 def write_star(root: Path) -> str:
-    touch(root, "Charades_v1_480/6H78U.mp4", "star_clips/Feasibility_T1_1.mp4")
+    touch(root, "Charades_v1_480/6H78U.mp4")
     return write_json(root, "STAR_val.json", STAR)
 
 
@@ -252,7 +252,7 @@ ASKED = (
     "Several may be true, or none. Name the letters of all that are, in order, as in A, C; or none."
 )
 SCENE = film("video_validation/video_10000-11000/video_10003.mp4")
-STAR_TAGS = (("start", "11.1"), ("end", "19.6"))
+STAR_PART = (MediaFile(kind="video", path="Charades_v1_480/6H78U.mp4", span_s=(11.1, 19.6)),)
 WANT = {
     "longvideo_reason": [
         Example(
@@ -357,16 +357,14 @@ WANT = {
             question="Which thing was opened?\nA. The box.\nB. The door.",
             answer="B",
             kind="Interaction",
-            media=film("Charades_v1_480/6H78U.mp4"),
-            tags=STAR_TAGS,
+            media=STAR_PART,
         ),
         Example(
             id="Feasibility_T1_1",
             question="Which thing was opened?\nA. The box.\nB. The door.",
             answer="B",
             kind="Feasibility",
-            media=film("star_clips/Feasibility_T1_1.mp4"),
-            tags=STAR_TAGS,
+            media=STAR_PART,
         ),
     ],
     "text_math": [

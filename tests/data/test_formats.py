@@ -133,6 +133,8 @@ BAD_JSON = {  # source -> (file's tree, [(path, value or None, words of the mess
             ((0, "choices"), "The box.", "must be a list of objects"),
             ((0, "choices", 0, "choice"), "The door.", "must be one of the choices"),  # twice
             ((0, "start"), "early", "start='early' must be a time in seconds"),
+            ((0, "end"), None, "end=None must be a time in seconds"),
+            ((0, "end"), 11.1, "start=11.1 and end=11.1 must be seconds, 0 <= start < end"),
             ((0, "video_id"), "../../x", "must be a relative path that stays in"),
             ((0, "question_id"), None, "no question_id"),
         ],
