@@ -1,17 +1,22 @@
-"""One run on three sources at once: films, pictures by their bytes in parquet, text."""
+"""One run on three sources at once: films, pictures by their bytes in parquet, text; GRPO on
+films, sums and open questions, each judged in its own way."""
 
 import collections
 import io
 import json
+import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pytest
+from chat_server import ChatServer
 from pyarrow import parquet
 
 from longrl_jax import config, train
 from longrl_jax.data import image, mixing, scenes
+from longrl_jax.stages import grpo, sampling
 
 ROOT = Path(__file__).parents[2]
 NUM_STEPS, GROUPS = 4, 8
@@ -47,7 +52,7 @@ def sets(world):
     return world
 
 
-def load(sets, folder, *overrides):
+def load(sets, folder, *overrides, name="tiny_cpu_sft.yaml"):
     small = [
         f"model.path={sets / 'init'}",
         f"data.root={sets / 'data'}",
@@ -62,7 +67,7 @@ def load(sets, folder, *overrides):
         f"run.num_steps={NUM_STEPS}",
         *overrides,
     ]
-    return config.load(ROOT / "configs/tiny_cpu_sft.yaml", small)
+    return config.load(ROOT / "configs" / name, small)
 
 
 def lines(folder, file):
@@ -116,3 +121,123 @@ def test_a_mixed_run_that_goes_on_is_the_unbroken_one(sets, tmp_path):
     assert lines(tmp_path / "resumed", "refused.jsonl") == lines(
         tmp_path / "unbroken", "refused.jsonl"
     )
+
+
+OWN_REWARD = """
+def spaces(items):
+    return [{"total": item.text.count(" "), "spaces": item.text.count(" ")} for item in items]
+"""
+JUDGED = [
+    "{name: films, file: train.jsonl, weight: 2, template: think}",
+    "{name: sums, source: text_math, file: sums, root: sets, template: boxed, "
+    "rewards: {math_answer: 1.0, 'mix_rewards:spaces': 0.25}}",
+    "{name: open, file: open.jsonl, rewards: {judge: 2.0}}",
+]
+"""Films have the rewards of the run, video_qa."""
+REWARD_PARTS = {
+    "films": {"video_qa/format", "video_qa/accuracy"},
+    "sums": {"math_answer/format", "math_answer/accuracy", "math_answer/gave_up"}
+    | {"mix_rewards:spaces/spaces"},
+    "open": {"judge/accuracy"},
+}
+NUM_SAMPLES = 4
+
+
+def verdict(asked):
+    """Of some answers the judge cannot say."""
+    number = zlib.crc32(json.loads(asked.body["messages"][1]["content"])["answer"].encode())
+    if number % 5 == 0:
+        return "perhaps"
+    return json.dumps({"verdict": "correct" if number % 2 else "incorrect"})
+
+
+def check_step(row, answers):
+    """Every number of a step's metrics that has to do with sources, from the answers on file."""
+    groups = [answers[i : i + NUM_SAMPLES] for i in range(0, len(answers), NUM_SAMPLES)]
+    known = [answer for answer in answers if answer["reward"] is not None]
+    assert all(
+        set(answer["reward"]) == {"total"} | REWARD_PARTS[answer["source"]] for answer in known
+    )
+    want = {"total": [answer["reward"]["total"] for answer in known]}
+    for source, parts in REWARD_PARTS.items():
+        mine = [answer["reward"] for answer in known if answer["source"] == source]
+        assert all(len({answer["source"] for answer in group}) == 1 for group in groups)
+        want |= {f"{source}/total": [reward["total"] for reward in mine]}
+        want |= {part: [reward[part] for reward in mine] for part in parts}
+    for name, values in want.items():
+        assert (f"reward/{name}" in row) == bool(values), name
+        if values:
+            np.testing.assert_allclose(row[f"reward/{name}"], np.mean(values), rtol=1e-12)
+    judged = [answer for answer in answers if answer["source"] == "open"]
+    invalid = [answer for answer in judged if answer["reward"] is None]
+    assert row["reward/invalid"] == pytest.approx(len(invalid) / len(answers))
+    assert row.get("reward/judge/invalid", 0) == pytest.approx(len(invalid) / max(len(judged), 1))
+    for group in groups:
+        totals = [a["reward"]["total"] for a in group if a["reward"] is not None]
+        for answer in group:
+            got, scale = 0.0, np.std(totals, ddof=1) if len(totals) > 1 else 0.0
+            if scale and answer["reward"] is not None:
+                got = (answer["reward"]["total"] - np.mean(totals)) / (scale + 1e-6)
+            np.testing.assert_allclose(answer["advantage"], got, atol=1e-9)
+    return len(invalid)
+
+
+@pytest.mark.slow
+def test_grpo_on_a_mix_judges_each_source_in_its_own_way_and_goes_on(sets, tmp_path, monkeypatch):
+    """What is journaled is neither sampled nor judged again, and the numbers are the same."""
+    (tmp_path / "mix_rewards.py").write_text(OWN_REWARD)
+    monkeypatch.syspath_prepend(tmp_path)
+    record = {"question": "what is seen in the film ?", "answer": "a red pad"}
+    open_lines = [json.dumps(record | {"id": f"open{i}"}) for i in range(3)]
+    (sets / "data/open.jsonl").write_text("\n".join(open_lines))
+    with ChatServer(verdict) as server:
+        whole, resumed = (
+            load(
+                sets,
+                tmp_path / name,
+                f"model.path={ROOT / 'configs/models/tiny_vila_start'}",
+                "mesh={data: 8, simulated: true}",
+                "data.validation=validation.jsonl",
+                f"data.mix=[{', '.join(JUDGED)}]",
+                f"judge={{base_url: '{server.base_url}', model: m, max_tries: 1}}",
+                f"store.path={tmp_path / 'store'}",
+                "batch={groups: 6, max_row_tokens: 512, smallest_bucket: 128}",
+                f"rollout.num_samples={NUM_SAMPLES}",
+                "optimizer={learning_rate: 1e-3}",
+                "run={dir: %s, num_steps: 3, checkpoint_every: 1, keep: 3, export: false, "
+                "eval_examples: 2, eval_every: 0}" % (tmp_path / name),
+                name="tiny_cpu_grpo.yaml",
+            )
+            for name in ("whole", "resumed")
+        )
+        folder = Path(whole.run.dir)
+        folder.mkdir()
+        (folder / "resolved.yaml").write_text(config.to_yaml(whole))
+        train.check_names(whole)
+        grpo.run(whole)
+        num_paid = server.num_paid
+        shutil.copytree(folder, resumed.run.dir)  # as a kill after the last step's journal left it
+        for name in ("checkpoints/step_00000002", "checkpoints/step_00000003"):
+            shutil.rmtree(Path(resumed.run.dir) / name)
+        (Path(resumed.run.dir) / "finished.json").unlink()
+        (Path(resumed.run.dir) / "resolved.yaml").write_text(config.to_yaml(resumed))
+        monkeypatch.setattr(sampling, "roll_out", None)
+        grpo.run(resumed)
+        assert server.num_paid == num_paid > 0
+    rows, answers = lines(folder, "metrics.jsonl"), lines(folder, "rollouts.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    num_invalid = sum(
+        check_step(row, [a for a in answers if a["step"] == row["step"]]) for row in rows
+    )
+    assert num_invalid and {a["source"] for a in answers} == set(REWARD_PARTS)
+    for source in REWARD_PARTS:
+        assert any(a["advantage"] for a in answers if a["source"] == source), source
+    scores = json.loads((folder / "evaluation.json").read_text())
+    assert {name.split("/")[0] for name in scores} == {"step", "questions", "total", "video_qa"}
+    again = lines(resumed.run.dir, "metrics.jsonl")
+    rows, again = (
+        [{k: v for k, v in row.items() if not k.startswith(OF_THE_PROCESS)} for row in one]
+        for one in (rows, again)
+    )
+    assert again == rows
+    assert lines(resumed.run.dir, "rollouts.jsonl") == answers
