@@ -389,7 +389,7 @@ def _medium(
     stored: tuple[int, int] | None,
 ) -> Media:
     sampling = {
-        "content": _content_digest(path),
+        "content": content_digest(path),
         "times_s": times_s,
         "view": dataclasses.asdict(view),
         "decoder": decoder,
@@ -409,7 +409,8 @@ def _medium(
     )
 
 
-def _content_digest(path: Path) -> str:
+def content_digest(path: Path) -> str:
+    """Returns the SHA-256 of a file, which is read once for as long as it stays as it is."""
     try:
         stat = path.stat()
         return _digest_of_file(str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)

@@ -176,33 +176,39 @@ def with_other_video(
     the subtitles of these.
 
     Which ones is drawn by the seed; questions on one film share the other film, and a film is never
-    its own other, however many files hold it. Questions with a medium of a kind that there are
-    fewer than two of are left out. What no longer fits (a longer film) is refused.
+    its own other, however many files hold it and whatever part of it is asked about. Of the other
+    film that part is shown which its own first question is about. Questions with a medium of a kind
+    that there are fewer than two of are left out. What no longer fits (a longer film) is refused.
     """
     other: dict[str, str] = {}
     files: dict[str, MediaFile] = {}
-    asked_of = {medium.key: prompt.example for prompt in asked for medium in prompt.media}
+    asked_of: dict[str, Example] = {}
+    names = {
+        id(prompt): [f"{m.kind} {prompts.content_digest(Path(m.path))}" for m in prompt.media]
+        for prompt in asked
+    }
     for kind in ("image", "video"):
-        of_kind = {
-            medium.key: file
-            for prompt in asked
-            for medium, file in zip(prompt.media, prompt.example.media, strict=True)
-            if medium.kind == kind
-        }
+        of_kind: dict[str, MediaFile] = {}
+        for prompt in asked:
+            for name, file in zip(names[id(prompt)], prompt.example.media, strict=True):
+                if file.kind == kind:
+                    of_kind.setdefault(name, file)
+                    asked_of.setdefault(name, prompt.example)
         files |= of_kind
         other |= other_films(list(of_kind), seed=cfg.seed)
     encode_prompt = prompt_encoder(cfg, policy, num_samples=1)
     shown = []
     for prompt in asked:
-        if prompt.media and all(medium.key in other for medium in prompt.media):
+        films = names[id(prompt)]
+        if films and all(name in other for name in films):
             media = tuple(
-                dataclasses.replace(file, path=files[other[medium.key]].path)
-                for medium, file in zip(prompt.media, prompt.example.media, strict=True)
+                dataclasses.replace(files[other[name]], at=file.at)
+                for name, file in zip(films, prompt.example.media, strict=True)
             )
             example = dataclasses.replace(prompt.example, media=media)
-            films = [medium.key for medium in prompt.media if medium.kind == "video"]
-            if films:
-                example = subtitles.exchanged(example, asked_of[other[films[0]]])
+            videos = [n for n, m in zip(films, media, strict=True) if m.kind == "video"]
+            if videos:
+                example = subtitles.exchanged(example, asked_of[other[videos[0]]])
             try:
                 shown.append(encode_prompt(example))
             except ValueError as error:

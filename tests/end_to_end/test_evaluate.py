@@ -295,6 +295,25 @@ def test_blind_prompts(configured, tmp_path):
         np.testing.assert_array_equal(swapped.is_media, prompt.is_media)  # as long, so as easy
 
 
+def test_another_part_of_a_film_is_no_other_film(configured, world, tmp_path):
+    parts = [("00000", [0, 8]), ("00000", [8, 16]), ("00001", [16, 24]), ("00001", [0, 4])]
+    lines = [
+        json.dumps(
+            {"id": str(i), "question": "what is red ?", "answer": "2"}
+            | {"video": f"videos/{film}.mp4", "span": span}
+        )
+        for i, (film, span) in enumerate(parts)
+    ]
+    (world / "data" / "parts.jsonl").write_text("\n".join(lines) + "\n")
+    cfg = configured("tiny_cpu_grpo.yaml", "data.validation=parts.jsonl", "run.eval_examples=100")
+    policy, _ = opened.open_policy(cfg, trains=False)
+    with RefusedLog(tmp_path / "refused.jsonl") as refused:
+        asked = questions.validation(cfg, policy, refused)
+        other = questions.with_other_video(cfg, policy, asked, refused)
+    shown = [(p.example.media[0].path[-9:-4], p.example.media[0].span_s) for p in other]
+    assert shown == [("00001", (16, 24))] * 2 + [("00000", (0, 8))] * 2  # each film's first part
+
+
 def test_blind_prompts_of_several_media(configured, mixed, tmp_path):
     """Every medium is another of its kind, at its place in the words."""
     cfg = configured("tiny_cpu_grpo.yaml", f"data.validation={mixed}", "run.eval_examples=100")
