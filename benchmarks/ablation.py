@@ -29,16 +29,20 @@ from learning import ACCURACY, FORMAT, GRPO, SFT
 from longrl_jax import scores
 
 RUNS = Path("runs/ablation")
-BASE, BASE_FILMS = "configs/ablation/base.yaml", Path("data/base")
-BASE_QUESTIONS = "direct.jsonl"
-CAPTIONS, MOMENTS = 2, 6
-"""Captions and questions about one moment, of every film of the base."""
+BASE_FILMS = Path("data/base")
+BASE_STAGES = {"moments": "configs/ablation/1_moments.yaml", "base": "configs/ablation/2_base.yaml"}
+DIRECT, MOMENTS = "direct.jsonl", "moments.jsonl"
+CAPTIONS, NUM_MOMENTS = 2, 6
+"""Captions and questions about one moment that a film of the base has in DIRECT."""
+EIGHT_FRAMES_S = 8
+"""Seconds between the frames of a film of 64 s with data.num_frames=8."""
 PAPER = {"base": 58.1, "SFT only": 60.2, "RL only": 52.4, "SFT + RL": 61.9}
 """Per cent right on LongVideo-Reason-eval, 1.5B: arXiv:2507.07966 Table 5."""
-FORMS = {arm: ("think", "direct") for arm in PAPER} | {"base": ("direct", "think")}
+FORMS = dict.fromkeys(PAPER, ("think", "direct")) | {"base": ("direct", "think")}
 """The form that an arm was taught, in which it is scored; and the other one."""
 OWN, OTHER = "evaluate", "evaluate_other_form"
-MODES = {"greedy": "greedy", "sampled": "sampled (T=1, mean of 8)"}
+NUM_SAMPLES = 4
+MODES = {"greedy": "greedy", "sampled": f"sampled (T=1, mean of {NUM_SAMPLES})"}
 PAIRS = (
     ("SFT only", "base"),
     ("RL only", "base"),
@@ -47,7 +51,7 @@ PAIRS = (
     ("SFT + RL", "SFT only"),
     ("SFT + RL", "RL only"),
 )
-SFT_STEPS, RL_STEPS = 120, 60
+SFT_STEPS, RL_STEPS = 60, 40
 FEW = 5
 """Steps at the start and at the end of RL over which its answers are averaged."""
 Answers = dict[str, list[float]]
@@ -86,10 +90,11 @@ def run_all(num_seeds: int) -> None:
     if not (BASE_FILMS / "train.jsonl").exists():
         films = ("--clips", "1500", "--validation", "0", "--lessons", "1", "--careful")
         learning.run("longrl_jax.data.synthetic", str(BASE_FILMS), *films, "--seed", "1")
-    if not (BASE_FILMS / BASE_QUESTIONS).exists():
+    if not (BASE_FILMS / MOMENTS).exists():
         write_base_questions(BASE_FILMS)
+    for name, config in BASE_STAGES.items():
+        learning.train(config, RUNS / name, 0)
     base = folder("base", 0)
-    learning.train(BASE, base, 0)
     ask(SFT, "base", 0)
     from_base = f"model.path={base / 'export'}"
     later = "data.validation="  # held-out questions are asked afterwards
@@ -104,23 +109,33 @@ def run_all(num_seeds: int) -> None:
 
 
 def write_base_questions(root: Path) -> None:
-    """Writes what the base learns, all to be answered directly: every question of train.jsonl; the
-    lessons of looking.jsonl as captions; and questions about one moment of those."""
+    """Writes what the base learns, all to be answered directly. DIRECT: the questions of
+    train.jsonl, and of every film some captions, which are lessons of looking.jsonl, and some
+    questions about one moment. MOMENTS: such questions alone, about frames that are there when a
+    film has 8."""
     asked, lessons = (read_records(root / f"{name}.jsonl") for name in ("train", "looking"))
-    records = []
+    direct, early = [], []
     for film, questions in asked.items():
-        records += questions
-        seen: dict[str, str] = {}
+        colours: dict[int, str] = {}
         for lesson in lessons[film]:
             said = lesson.pop("reasoning").rpartition(".")[0] + "."  # without the pads
-            seen |= dict(re.findall(r"(<\d+s>) (\w+) (?:left|right|top|bottom|middle)\.", said))
+            found = re.findall(r"<(\d+)s> (\w+) (?:left|right|top|bottom|middle)\.", said)
+            colours |= {int(time): colour for time, colour in found}
             lesson |= {"question": "who is there when ?", "answer": said, "kind": "caption"}
-        records += lessons[film][:CAPTIONS]
-        for time, colour in list(seen.items())[:MOMENTS]:
-            question = f"what colour is the visitor at {time} ?"
-            moment = {"id": f"{film}-{time}", "question": question, "answer": colour}
-            records.append(moment | {"kind": "needle", "video": film})
-    (root / BASE_QUESTIONS).write_text("".join(json.dumps(x) + "\n" for x in records))
+        moments = {
+            time: {
+                "id": f"{film}-{time}",
+                "question": f"what colour is the visitor at <{time}s> ?",
+                "answer": colour,
+                "kind": "needle",
+                "video": film,
+            }
+            for time, colour in colours.items()
+        }
+        direct += questions + lessons[film][:CAPTIONS] + list(moments.values())[:NUM_MOMENTS]
+        early += [moments[time] for time in sorted(moments) if time % EIGHT_FRAMES_S == 0]
+    for name, records in ((DIRECT, direct), (MOMENTS, early)):
+        (root / name).write_text("".join(json.dumps(x) + "\n" for x in records))
 
 
 def read_records(path: Path) -> dict[str, list[dict[str, str]]]:
@@ -138,22 +153,24 @@ def folder(arm: str, seed: int) -> Path:
 
 
 def ask(config: str, arm: str, seed: int) -> None:
-    """Asks an arm's run in its own form, blind too with the first seed, and greedily in the other
+    """Asks an arm's run in its own form; with the first seed also blind, and greedily in the other
     form."""
-    own, other = (f"data.template={form}" for form in FORMS[arm])
+    run, (own, other) = folder(arm, seed), (f"data.template={form}" for form in FORMS[arm])
     blind = "--baselines" if seed == 0 else "--no-baselines"
-    learning.evaluate(config, folder(arm, seed), own, blind, into=OWN)
-    greedy = ("--samples", "0", "--no-baselines")
-    learning.evaluate(config, folder(arm, seed), other, *greedy, into=OTHER)
+    learning.evaluate(config, run, own, "--samples", f"{NUM_SAMPLES}", blind, into=OWN)
+    if seed == 0:
+        greedy = ("--samples", "0", "--no-baselines")
+        learning.evaluate(config, run, other, *greedy, into=OTHER)
 
 
 def finished(num_seeds: int) -> dict[str, list[Path]]:
-    """Returns the runs of every arm that have all their scores."""
+    """Returns the runs of every arm that have all their scores, the first seed's first."""
     found: dict[str, list[Path]] = {}
     for arm in PAPER:
         for seed in range(1 if arm == "base" else num_seeds):
             run = folder(arm, seed)
-            if all(learning.is_scored(run, into) for into in (OWN, OTHER)):
+            wanted = (OWN, OTHER) if seed == 0 else (OWN,)
+            if all(learning.is_scored(run, into) for into in wanted):
                 found.setdefault(arm, []).append(run)
     return found
 
@@ -164,26 +181,28 @@ def finished(num_seeds: int) -> dict[str, list[Path]]:
 def tables(arms: Mapping[str, Sequence[Path]]) -> list[str]:
     """Returns the result: scores, by kind, differences, and what RL's answers were like."""
     lines = ["| | paper | " + " | ".join(MODES.values()) + " | greedy, every seed | form | "]
-    lines[0] += "in the other form | its form | no video | other film |"
-    lines += ["|---" * 10 + "|", *(row(arm, arms[arm]) for arm in arms)]
+    lines[0] += "in the other form* | its form* | no video* | other film* |"
+    lines += ["|---" * 10 + "|", *(row(arm, arms[arm]) for arm in arms), "", "*: of the first seed"]
     for mode in MODES:
         lines += ["", *differences(arms, mode)]
     return [*lines, "", *by_kind(arms), "", *of_training(arms)]
 
 
 def row(arm: str, runs: Sequence[Path]) -> str:
-    blind = json.loads((runs[0] / OWN / "scores.json").read_text())["modes"]
-    greedy = answers(runs, "greedy")
-    other = {"mode": "greedy", "into": OTHER}
+    own, other = (
+        json.loads((runs[0] / into / "scores.json").read_text())["modes"] for into in (OWN, OTHER)
+    )
+    of_seeds = zip(*answers(runs).values(), strict=True)
     cells = [
         arm,
         f"{PAPER[arm]}",
         *(learning.percent(pooled(runs, mode)) for mode in MODES),
-        ", ".join(f"{100 * np.mean(of_seed):.1f}" for of_seed in zip(*greedy.values(), strict=True)),
-        *(f"{100 * pooled(runs, part=FORMAT, **how)['mean']:.1f}" for how in ({}, other)),
+        ", ".join(f"{100 * np.mean(of_seed):.1f}" for of_seed in of_seeds),
+        f"{100 * pooled(runs, part=FORMAT)['mean']:.1f}",
+        learning.percent(other["greedy"]["all"][ACCURACY]),
+        f"{100 * other['greedy']['all'][FORMAT]['mean']:.1f}",
+        *(learning.percent(own[mode]["all"][ACCURACY]) for mode in learning.BLIND),
     ]
-    cells.insert(-1, learning.percent(pooled(runs, **other)))
-    cells += [learning.percent(blind[mode]["all"][ACCURACY]) for mode in learning.BLIND]
     return f"| {' | '.join(cells)} |"
 
 
@@ -281,7 +300,9 @@ def plot(arms: Mapping[str, Sequence[Path]]) -> str:
         of_seeds = [100 * float(np.mean(x)) for x in zip(*answers(runs).values(), strict=True)]
         marks = [100 * score[bound] for bound in ("mean", "low", "high")]
         rows[arm] = chart.Dot(*marks, others=of_seeds, reference=PAPER[arm])
-    return chart.dots("per cent right, greedy", rows, reference="the paper's (other model, other films)")
+    return chart.dots(
+        "per cent right, greedy", rows, reference="the paper's (other model, other films)"
+    )
 
 
 def header(output: Path) -> list[str]:

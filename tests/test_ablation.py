@@ -21,6 +21,7 @@ RIGHT = {
     "sft_+_rl_1": "1111",
 }
 """Is the answer of a run to each of four questions right?"""
+SAID = "<2s> red left.<8s> red right.<16s> nobody.<56s> white walker to top-left."
 
 
 @pytest.fixture
@@ -31,7 +32,8 @@ def ablation(tmp_path, monkeypatch):
     module = importlib.import_module("ablation")
     for run, right in RIGHT.items():
         for into in (module.OWN, module.OTHER):
-            write_scores(module.RUNS / run / into, right if into == module.OWN else "0000")
+            if into == module.OWN or not run.endswith("_1"):
+                write_scores(module.RUNS / run / into, right if into == module.OWN else "0000")
         if "rl" in run:
             lines = [
                 {
@@ -79,7 +81,7 @@ def test_tables_hold_means_over_questions_and_seeds(ablation):
     assert [row[1].split()[0] for row in first.values()] == ["50.0", "62.5", "12.5", "100.0"]
     assert [row[3] for row in first.values()] == ["50.0", "75.0, 50.0", "25.0, 0.0", "100.0, 100.0"]
     assert all(row[5].startswith("0.0 ") for row in first.values())  # in the other form
-    gains = {row[0]: row[1:] for row in cells[11:17]}
+    gains = {row[0]: row[1:] for row in cells[13:19]}
     assert gains["SFT only - base"][0] == "+2.1"
     assert gains["RL only - base"][1].startswith("-37.5 (")
     assert gains["SFT + RL - SFT only"][2] == "+25.0, +50.0"
@@ -88,7 +90,7 @@ def test_tables_hold_means_over_questions_and_seeds(ablation):
 
 
 def test_a_run_that_is_not_scored_yet_is_left_out(ablation):
-    path = ablation.RUNS / "rl_only_1" / ablation.OTHER / "scores.json"
+    path = ablation.RUNS / "rl_only_1" / ablation.OWN / "scores.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"complete": False}))
     found = ablation.finished(2)
     assert [run.name for run in found["RL only"]] == ["rl_only_0"]
@@ -114,15 +116,20 @@ def test_base_questions_are_answered_directly(ablation, tmp_path):
         "question": "who is there when ? which pad is top-left ?",
         "answer": "red",
         "video": "0.mp4",
-        "reasoning": "<2s> red left.<4s> nobody.<56s> white walker to top-left red pad. top-left red",
+        "reasoning": f"{SAID} top-left red",
     }
     (tmp_path / "train.jsonl").write_text(json.dumps(asked) + "\n")
     (tmp_path / "looking.jsonl").write_text(json.dumps(lesson) + "\n")
     ablation.write_base_questions(tmp_path)
-    found = [json.loads(line) for line in (tmp_path / ablation.BASE_QUESTIONS).open()]
+    found = [json.loads(line) for line in (tmp_path / ablation.DIRECT).open()]
     assert found[0] == asked
     assert [(x["question"], x["answer"]) for x in found[1:]] == [
-        ("who is there when ?", "<2s> red left.<4s> nobody.<56s> white walker to top-left red pad."),
+        (
+            "who is there when ?",
+            SAID,
+        ),
         ("what colour is the visitor at <2s> ?", "red"),
+        ("what colour is the visitor at <8s> ?", "red"),
     ]
     assert "reasoning" not in found[1]
+    assert [json.loads(line) for line in (tmp_path / ablation.MOMENTS).open()] == found[-1:]
