@@ -47,16 +47,16 @@ def run_all(num_seeds: int) -> None:
         run("longrl_jax.data.synthetic", str(DATA))
     for seed in range(num_seeds):
         train(SFT, sft(seed), seed)
-        evaluate(SFT, sft(seed), seed, "--baselines")
+        evaluate(SFT, sft(seed), "--baselines")
         train(GRPO, grpo(seed), seed, f"model.path={sft(seed) / 'export'}")
-        evaluate(GRPO, grpo(seed), seed, "--no-baselines")
+        evaluate(GRPO, grpo(seed), "--no-baselines")
     start = f"model.path={sft(0) / 'export'}"
     num_steps = math.ceil(seconds(grpo(0)) / median_step_s(sft(0)))
     train(SFT, SFT_LONGER, 0, start, f"run.num_steps={num_steps}")
-    evaluate(SFT, SFT_LONGER, 0, "--no-baselines")
+    evaluate(SFT, SFT_LONGER, "--no-baselines")
     write_other_film(DATA)
     train(GRPO, GRPO_BLIND, 0, start, f"data.train={OTHER_FILM}")
-    evaluate(GRPO, GRPO_BLIND, 0, "--no-baselines")
+    evaluate(GRPO, GRPO_BLIND, "--no-baselines")
 
 
 def sft(seed: int) -> Path:
@@ -72,10 +72,10 @@ def train(config: str, folder: Path, seed: int, *overrides: str) -> None:
         run("longrl_jax.train", config, f"run.dir={folder}", f"seed={seed}", *overrides)
 
 
-def evaluate(config: str, folder: Path, seed: int, *options: str) -> None:
+def evaluate(config: str, folder: Path, *options: str, into: str = "evaluate") -> None:
     """Scores a run's export on all held-out questions; goes on where it was cut off."""
     model = f"model.path={folder / 'export'}"
-    run("longrl_jax.evaluate", config, model, "--out", str(folder / "evaluate"), *options)
+    run("longrl_jax.evaluate", config, model, "--out", str(folder / into), *options)
 
 
 def write_other_film(root: Path) -> None:
@@ -133,8 +133,8 @@ def table(num_seeds: int) -> list[str]:
     return lines
 
 
-def is_scored(folder: Path) -> bool:
-    path = folder / "evaluate" / "scores.json"
+def is_scored(folder: Path, into: str = "evaluate") -> bool:
+    path = folder / into / "scores.json"
     return path.exists() and json.loads(path.read_text())["complete"]
 
 
