@@ -40,29 +40,26 @@ def describe(cls: type) -> list[str]:
     """Returns a line for every key of a dataclass of dataclasses, with type and default, and below
     it the text that stands under the field in the source. Its own fields come before its sections.
     """
-    module = ast.parse(inspect.getsource(sys.modules[cls.__module__]))
-    classes = {node.name: node for node in module.body if isinstance(node, ast.ClassDef)}
     hints: dict[str, Any] = typing.get_type_hints(cls)
     sections = {
-        name: hint.__name__
+        name: hint
         for name, hint in hints.items()
         if isinstance(hint, type) and dataclasses.is_dataclass(hint)
     }
-    lines = _describe_fields(classes[cls.__name__], "", leave_out=tuple(sections))
+    lines = _describe_fields(cls, "", leave_out=tuple(sections))
     for name, section in sections.items():
-        lines += _describe_fields(classes[section], f"{name}.")
-        for inner, hint in typing.get_type_hints(hints[name]).items():
+        lines += _describe_fields(section, f"{name}.")
+        for inner, hint in typing.get_type_hints(section).items():
             (item, *_) = typing.get_args(hint) or (None,)
             if typing.get_origin(hint) is tuple and dataclasses.is_dataclass(item):
-                prefix = f"{name}.{inner}[]."
-                lines += _describe_fields(classes[item.__name__], prefix)  # type: ignore[union-attr]
+                lines += _describe_fields(item, f"{name}.{inner}[].")  # type: ignore[arg-type]
     return lines
 
 
-def _describe_fields(
-    node: ast.ClassDef, prefix: str, *, leave_out: tuple[str, ...] = ()
-) -> list[str]:
-    lines = []
+def _describe_fields(cls: type, prefix: str, *, leave_out: tuple[str, ...] = ()) -> list[str]:
+    module = ast.parse(inspect.getsource(sys.modules[cls.__module__]))
+    classes = {node.name: node for node in module.body if isinstance(node, ast.ClassDef)}
+    node, lines = classes[cls.__name__], []
     for field, after in zip(node.body, [*node.body[1:], None], strict=True):
         if not isinstance(field, ast.AnnAssign) or ast.unparse(field.target) in leave_out:
             continue
