@@ -253,6 +253,21 @@ def test_questions_that_fail_their_checks_are_kept_with_the_reason(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    "said", ['{"answer": "cannot know"}', '{"answer": null}', "I cannot see the film."]
+)
+def test_a_blind_try_that_names_no_option_is_not_right(said, tmp_path):
+    def answer(asked):
+        blind = generation.stage_of(asked) == "verify" and "cannot see" in asked.text
+        return said if blind else generation.answer(asked)
+
+    with ChatServer(answer) as server:
+        path = generation.make(tmp_path, server.base_url, films=1)
+        assert generate(path, "question.forms=[choice]", "servers.all.max_tries=1") == 0
+    assert len(generation.records(tmp_path)) == 4
+    assert not (tmp_path / "out" / "rejects.jsonl").read_text()
+
+
 def test_no_request_is_sent_that_could_pass_max_usd(tmp_path):
     prices = {
         "usd_per_million_prompt_tokens": 10.0,
