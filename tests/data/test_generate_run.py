@@ -214,7 +214,7 @@ def test_give_up_takes_what_failed_as_rejected(tmp_path):
 
     with ChatServer(answer) as server:
         path = generation.make(tmp_path, server.base_url, films=1)
-        assert generate(path, "servers.all.max_tries=1", "--give-up") == 0
+        assert generate(path, "--give-up", "servers.all.max_tries=1") == 0
     rejects = [json.loads(x) for x in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert rejects[0] == {
         "stage": "caption",

@@ -50,7 +50,7 @@ files in OUT
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a stage; a mistake of the user's is one line, not a trace."""
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     try:
         if args.stage == "oracle":
             _oracle(args.port)
@@ -190,6 +190,17 @@ def _plain(tree: object) -> dict:
     if isinstance(tree, dict):
         return {name: _plain(value) for name, value in tree.items()}
     return [_plain(value) for value in tree] if isinstance(tree, tuple) else tree  # type: ignore
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Takes overrides after options too, which argparse does not where there are subcommands."""
+    args, rest = _parser().parse_known_args(argv)
+    wrong = [word for word in rest if word.startswith("-") or "=" not in word]
+    if rest and (wrong or "overrides" not in args):
+        _parser().error(f"unrecognized arguments: {' '.join(wrong or rest)}")
+    if rest:
+        args.overrides += rest
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:
