@@ -85,6 +85,21 @@ def test_a_second_run_asks_nothing(clean):
     assert generation.package(clean.folder) == clean.files
 
 
+def test_a_package_of_more_questions_stays_while_films_wait(clean, capsys):
+    path = clean.folder / "config.yaml"
+    made = max((clean.folder / "out" / "work" / "verify").glob("*.json"))
+    away = made.rename(clean.folder / "away.json")
+    try:
+        assert generate(path, stage="package") == 1
+        said = capsys.readouterr().out
+        assert said.startswith("package: 8 questions of 1 of 2 films; the 16 that lie in ")
+        assert len(said.splitlines()) == 1
+        assert generation.package(clean.folder) == clean.files
+    finally:
+        away.rename(made)
+    assert generate(path, stage="package") == 0
+
+
 def test_only_what_depends_on_a_change_is_asked_again(tmp_path):
     with ChatServer(generation.answer) as server:
         path = generation.make(tmp_path, server.base_url)

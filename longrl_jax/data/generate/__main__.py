@@ -105,11 +105,17 @@ def _package(cfg: GenerateConfig, films: Sequence[str]) -> bool:
         sys.stdout.write("package: no film is done; what lies there is left alone\n")
         return True
     rows, steps, rejects = package.rows_of(cfg, kept)
+    number, num_before = len(steps), package.num_questions(cfg)
+    if num_done < len(films) and number < num_before:
+        sys.stdout.write(
+            f"package: {number} questions of {num_done} of {len(films)} films; the {num_before} "
+            f"that lie in {Path(cfg.out) / 'package'} are left alone until all films are done\n"
+        )
+        return True
     run.write_rejects(cfg, films)
     path = Path(cfg.out) / "rejects.jsonl"
     rejects = [*_read_lines(path), *rejects]
     work.write_lines(path, rejects)
-    number = sum(len(records) for records in rows.values())
     about = {
         "films": f"{len(kept)} of {len(films)}; {len(films) - num_done} are not done yet",
         "questions": f"{number}, {len(rejects)} things left out (rejects.jsonl)",
