@@ -200,8 +200,14 @@ def read_answers(folder: Path | str, mode: str) -> dict[str, list[Row]]:
     if not path.is_file():
         raise ValueError(f"there is no {path}; python -m longrl_jax.evaluate writes it")
     found: dict[str, list[Row]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise ValueError(
+                f"{path}:{number} is damaged; delete the file and give the command of that "
+                "evaluation again: it is written anew, and nothing is asked again"
+            ) from None
         rows = found.setdefault(row["id"], [])
         if row["sample"] != len(rows):
             raise ValueError(f"two questions of {path} have the id {row['id']!r}; rename one")

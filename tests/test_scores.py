@@ -165,6 +165,12 @@ def test_difference_of_two_folders(tmp_path):
         scores.difference(after, before, mode="no_video", part=part)
     with pytest.raises(ValueError, match="'accuracy' is no part of the scores; choose of"):
         scores.difference(after, before, mode="greedy", part="accuracy")
+    path = after / "answers" / "greedy.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(
+        ValueError, match=r"grpo/answers/greedy\.jsonl:4 is damaged; delete the file"
+    ):
+        scores.difference(after, before, mode="greedy", part=part)
 
 
 def test_one_letter_and_chance():
