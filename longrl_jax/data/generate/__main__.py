@@ -1,6 +1,6 @@
 """From a folder of videos to LongVideo-Reason, stage by stage.
 
-python -m longrl_jax.data.generate estimate CONFIG.yaml     # splits, and says what all may cost
+python -m longrl_jax.data.generate estimate CONFIG.yaml     # splits, says what all may cost
 python -m longrl_jax.data.generate all CONFIG.yaml          # every stage, in order
 python -m longrl_jax.data.generate caption CONFIG.yaml      # one stage, for the films ready for it
 python -m longrl_jax.data.generate oracle --port 8100       # answers by rules (synthetic films)
