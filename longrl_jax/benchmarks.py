@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from longrl_jax import scores
 from longrl_jax.config import ChatConfig
 from longrl_jax.data import vnbench
 from longrl_jax.rewards import activitynet_qa, scorers
@@ -119,6 +120,12 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 
 Row = dict[str, Any]
+
+
+def read_answers(folder: Path | str, mode: str, benchmark: str) -> dict[str, list[Row]]:
+    """Returns scores.read_answers of an evaluation on a benchmark, rotations joined."""
+    found = list(scores.read_answers(folder, mode).values())
+    return {rows[0]["id"]: rows for rows in joined(found, BENCHMARKS[benchmark])}
 
 
 def joined(questions: Sequence[Sequence[Row]], benchmark: Benchmark) -> list[list[Row]]:

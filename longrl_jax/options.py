@@ -5,6 +5,10 @@ from collections.abc import Sequence
 
 LETTERS = "ABCDEFGHIJ"
 """Letters of the options, in order; more than ten are in no data set that we know."""
+ANY_NUMBER = (
+    "Several may be true, or none. Name the letters of all that are, in order, as in A, C; or none."
+)
+"""Stands in a question of whose options any number may be right."""
 OPTION = re.compile(r"\s*\(?([A-J])[.):]\s+(\S.*)", re.DOTALL)
 """A line that begins an option: "A. pad", "A) pad", "(A) pad" and "A: pad"."""
 

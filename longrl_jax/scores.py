@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 from scipy import special
 
-from longrl_jax.options import split_options
+from longrl_jax.options import ANY_NUMBER, split_options
 from longrl_jax.types import Example
 
 X = TypeVar("X")
@@ -200,8 +200,14 @@ def read_answers(folder: Path | str, mode: str) -> dict[str, list[Row]]:
     if not path.is_file():
         raise ValueError(f"there is no {path}; python -m longrl_jax.evaluate writes it")
     found: dict[str, list[Row]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise ValueError(
+                f"{path}:{number} is damaged; delete the file and give the command of that "
+                "evaluation again: it is written anew, and nothing is asked again"
+            ) from None
         rows = found.setdefault(row["id"], [])
         if row["sample"] != len(rows):
             raise ValueError(f"two questions of {path} have the id {row['id']!r}; rename one")
@@ -217,7 +223,10 @@ def one_letter(examples: Sequence[Example], report_by: Sequence[str] = ()) -> di
 
     shares: of every letter. A kind's letter is its own best, which may be another one than overall.
     """
-    choices = _by_kind([e for e in examples if re.fullmatch("[A-Z]", e.answer)], report_by)
+    choices = _by_kind(
+        [e for e in examples if re.fullmatch("[A-Z]", e.answer) and ANY_NUMBER not in e.question],
+        report_by,
+    )
     return {kind: _best_letter(chosen) for kind, chosen in choices.items()}
 
 
@@ -242,20 +251,14 @@ def chance(
 ) -> dict[str, Any]:
     """Returns what guessing among the options scores, {"all" or kind: {mean, n}}.
 
-    Only questions that list their options as capital letters from A on are counted. rotations: how
-    many examples are one question, right only if all are.
+    Only questions that list their options as capital letters from A on are counted; where any
+    number of n options may be right (ANY_NUMBER), one guess of 2^n is. rotations: how many examples
+    are one question, right only if all are.
     """
-    choices = _by_kind(
-        [
-            e
-            for e in examples
-            if re.fullmatch("[A-Z]", e.answer) and ord(e.answer) - ord("A") < num_options(e)
-        ],
-        report_by,
-    )
+    choices = _by_kind([e for e in examples if _num_guesses(e)], report_by)
     return {
         kind: {
-            "mean": float(np.mean([num_options(e) ** -float(rotations) for e in chosen])),
+            "mean": float(np.mean([_num_guesses(e) ** -float(rotations) for e in chosen])),
             "n": len(chosen) // rotations,
         }
         for kind, chosen in choices.items()
@@ -272,6 +275,15 @@ def num_options(example: Example) -> int:
     while chr(ord("A") + count) in alone:
         count += 1
     return count if count > 1 else 0  # "A" alone is an article
+
+
+def _num_guesses(example: Example) -> int:
+    """How many answers a question leaves to a guess; 0: that is not known."""
+    count = num_options(example)
+    if ANY_NUMBER in example.question:
+        return 2**count if count else 0
+    known = re.fullmatch("[A-Z]", example.answer) and ord(example.answer) - ord("A") < count
+    return count if known else 0
 
 
 def _parts(questions: Sequence[Sequence[Row]], several: str) -> dict[str, Score]:

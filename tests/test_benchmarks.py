@@ -9,6 +9,7 @@ import pytest
 from longrl_jax import evaluate, scores
 from longrl_jax.benchmarks import BENCHMARKS, joined
 from longrl_jax.evaluate import choices, tables
+from longrl_jax.report import evaluations, folders
 from longrl_jax.types import Example
 
 VNBENCH = BENCHMARKS["vnbench"]
@@ -77,6 +78,18 @@ def test_two_evaluations_are_compared_by_questions_whose_rotations_are_all_right
     assert [cell.split(" (")[0] for cell in re.split("  +", whole)] == [
         *("all", "50.0", "0.0", "+50.0"),
     ]
+
+
+def test_the_gains_of_a_report_are_those_of_questions_whose_rotations_are_all_right(tmp_path):
+    for name, right in {"after": {"a": 4, "b": 3}, "start": {"a": 3, "b": 2}}.items():
+        folder = tmp_path / "evaluate" / name
+        tree = write_rotations(folder, "vnbench", right) | {"checkpoint": name}
+        (folder / "scores.json").write_text(json.dumps(tree | {"benchmark": "vnbench"}))
+    (tmp_path / "resolved.yaml").write_text("model: {path: start}\n")
+    problems = []
+    (table,) = evaluations.gains([folders.read(tmp_path)], ["run"], problems)
+    assert not problems
+    assert table.rows[0][1][0].text == "+50.0 pts"  # a alone, of two
 
 
 def test_other_benchmarks_are_left_alone():

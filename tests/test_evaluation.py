@@ -176,6 +176,20 @@ def test_an_evaluation_that_nobody_judged_is_no_point_of_a_sweep(tmp_path):
     assert [point["frames"] for point in points] == [4, 16]
 
 
+def test_answers_that_were_deleted_are_written_again(tmp_path):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "config.json").write_text("{}")
+    (tmp_path / "validation.jsonl").write_text("")
+    cfg = config.load(CONFIG, [f"model.path={tmp_path / 'weights'}", f"data.root={tmp_path}"])
+    plan = planned.Plan(out=tmp_path)
+    write_answers(tmp_path, [1, 1, 0, 0])
+    found = planned.begun(cfg, plan) | {"complete": True, "modes": {"greedy": {}}}
+    (tmp_path / "scores.json").write_text(json.dumps(found))
+    assert planned.begun(cfg, plan)["complete"]
+    (tmp_path / "answers" / "greedy.jsonl").unlink()
+    assert not planned.begun(cfg, plan)["complete"]
+
+
 def test_two_evaluations_are_compared_question_by_question(tmp_path):
     for name, right in (("direct", [0, 0, 1, 0]), ("thinking", [1, 1, 1, 0])):
         write_answers(tmp_path / name, right)

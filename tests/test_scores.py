@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from longrl_jax import scores
+from longrl_jax.options import ANY_NUMBER
 from longrl_jax.types import Example
 
 EXACT = 1e-12  # the same formula in another order, float64
@@ -165,6 +166,12 @@ def test_difference_of_two_folders(tmp_path):
         scores.difference(after, before, mode="no_video", part=part)
     with pytest.raises(ValueError, match="'accuracy' is no part of the scores; choose of"):
         scores.difference(after, before, mode="greedy", part="accuracy")
+    path = after / "answers" / "greedy.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(
+        ValueError, match=r"grpo/answers/greedy\.jsonl:4 is damaged; delete the file"
+    ):
+        scores.difference(after, before, mode="greedy", part=part)
 
 
 def test_one_letter_and_chance():
@@ -182,6 +189,10 @@ def test_one_letter_and_chance():
     assert chance["all"] == {"mean": pytest.approx((3 / 3 + 1 / 4) / 4), "n": 4}
     assert chance["plot"] == {"mean": pytest.approx((1 / 3 + 1 / 4) / 2), "n": 2}
     assert scores.one_letter([free]) == {} == scores.chance([free])
+    any_number = four.replace("?", f"? {ANY_NUMBER}")
+    several = [ask(answer, "goal", any_number) for answer in ("A, C", "none", "B")]
+    assert scores.chance(several)["all"] == {"mean": 1 / 16, "n": 3}
+    assert scores.one_letter(several) == {}  # no letter names several
     vitamin = ask("A", "plot", "Where is vitamin E in?\nA. nuts\nB. salt\nC. ice\nD. tea")
     assert scores.chance([vitamin])["all"]["mean"] == 0.25
     long, short = (("duration", "long"),), (("duration", "short"),)

@@ -14,14 +14,11 @@ from typing import Any
 from longrl_jax.data import fields
 from longrl_jax.data.fields import LETTERS, RecordError, Records, shown
 from longrl_jax.data.rows import JsonArray
+from longrl_jax.options import ANY_NUMBER
 from longrl_jax.types import Example, MediaFile
 
 DESCRIPTIVE = "descriptive"
 VIDEO = re.compile(r"video_(\d{5})\.mp4")
-ASKED = (
-    "Several may be true, or none. Name the letters of all that are, in order, as in A, C; or none."
-)
-"""Stands after a question with choices, whatever their number."""
 PARTS = ((10_000, "video_train"), (15_000, "video_validation"), (20_000, "video_test"))
 """Numbers of films below which -> their folder."""
 
@@ -43,7 +40,7 @@ def to_example(row: Any, *, root: Path, where: str) -> Example:
         answer = fields.text(row, "answer", where)
     else:
         choices, right = _choices(row.get("choices"), where)
-        question = fields.with_options(f"{question} {ASKED}", choices)
+        question = fields.with_options(f"{question} {ANY_NUMBER}", choices)
         answer = ", ".join(right) or "none"
     return Example(
         id=f"{film.removesuffix('.mp4')}-{fields.identifier(row, 'question_id', where)}",

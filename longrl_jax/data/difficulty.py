@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from longrl_jax import config, platform, run_folder
 from longrl_jax.data import loader, mixing, prompts
 from longrl_jax.data.longvideo_reason import RecordError, to_record
-from longrl_jax.data.pass_rates import REASONS, Bounds, Row, counted, split, verdict
+from longrl_jax.data.pass_rates import REASONS, Bounds, Row, counted, split, unjudged, verdict
 from longrl_jax.data.refused import RefusedLog
 from longrl_jax.metrics import Phases
 from longrl_jax.report import difficulty as page
@@ -62,6 +63,8 @@ them: data.train=difficulty/NAME/rl.jsonl)
   refused.jsonl     records that could not be asked, with reasons
 A run that was stopped, however, goes on when the same command is given again: what answers.jsonl
 holds is not sampled again. Bounds and split may be changed afterwards without sampling anything.
+--again asks anew what may go well another time: records that were refused (a decode time-out), and
+questions with answers that no reward could judge (a judge that was down).
 """
 MATTERS = ("stage", "seed", "model.", "data.", "rollout.", "rewards", "judge.")
 """Config keys, or sections, that answers and their rewards depend on, those of run_folder.FREE and
@@ -109,6 +112,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         mixing.open_training(cfg.data)  # before a folder is made for it
         run_folder.make_folder(plan.out)
         with run_folder.lock(plan.out):
+            if args.again:
+                begin(cfg, plan)  # before anything is deleted
+                ask_again(plan.out)
             if not (plan.out / SAMPLED).exists():
                 _prepare(cfg)
             summary = run(cfg, plan)
@@ -236,6 +242,7 @@ def write(
         "above": plan.bounds.above,
         "below": plan.bounds.below,
         "refused": refused,
+        "unjudged": sum(map(unjudged, rows.values())),
         "answers_cut_off": finished.count("length") / len(finished),
         "split_by": "film" if plan.by_film else "question",
         "sft": len(parts["sft"]),
@@ -277,6 +284,26 @@ def read_journal(path: Path) -> dict[str, Row]:
     return rows
 
 
+def ask_again(out: Path) -> None:
+    """Lets the next `run` ask for what was refused, and what a reward could not judge: takes the
+    latter out of answers.jsonl."""
+    (out / SAMPLED).unlink(missing_ok=True)
+    path = out / ANSWERS
+    rows = read_journal(path)  # it cuts off a torn line
+    if not any(map(unjudged, rows.values())):
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with path.open("rb") as file, partial.open("wb") as kept:
+            kept.writelines(line for line in file if not unjudged(rows[json.loads(line)["id"]]))
+            kept.flush()
+            os.fsync(kept.fileno())
+        partial.replace(path)
+        run_folder.sync_folder(out)
+    except OSError as error:
+        raise platform.disk_error(error, path, "make room, and give the same command") from error
+
+
 def append(path: Path, rows: Sequence[Row]) -> None:
     """Adds rows to answers.jsonl; they are on disk when this returns."""
     lines = []
@@ -302,6 +329,11 @@ def table(summary: Mapping[str, Any]) -> str:
         f"answers; {summary['refused']} records refused; "
         f"{100 * summary['answers_cut_off']:.1f} % of the answers were cut off"
     )
+    if summary["unjudged"] or summary["refused"]:
+        lines.append(
+            f"answers of {summary['unjudged']} questions could not be judged, {summary['refused']} "
+            "records were refused; --again asks them again"
+        )
     lines.append(f"split by {summary['split_by']}: {summary['sft']} SFT, {summary['rl']} RL")
     if summary["sft_without_reasoning"]:
         lines.append(
@@ -419,6 +451,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--min-valid", type=int, help="fewest judged answers to a question (half of --samples)")
     add("--part", default="", metavar="REWARD/PART", help="what is right (the only accuracy)")
     add("--rl-share", type=float, default=2 / 3, help="share of RL in what is kept (2/3)")
+    add("--again", action="store_true", help="ask the refused and the unjudged ones again")
     add("--split-by", choices=("film", "question"), default="film", help="(film)")
     return parser
 

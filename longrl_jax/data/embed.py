@@ -6,6 +6,7 @@ python -m longrl_jax.data.embed CONFIG.yaml [section.key=value ...] [--dry-run |
 import argparse
 import contextlib
 import dataclasses
+import json
 import math
 import shutil
 import sys
@@ -53,6 +54,7 @@ they must see one store.path.
 --repair is the run that also compares the checksums, and encodes what is damaged anew.
 
 Files that cannot be used do not stop it: they are listed in OUT/refused.jsonl, with reasons.
+--check and --dry-run keep that list; --check names such entries "refused before".
 exit status: 0 all is there; 3 all is there but what was refused; 1 an error, or --check found
 entries that are missing or damaged; 2 a mistyped option
 """
@@ -140,15 +142,19 @@ def run(cfg: config.Config, plan: Plan) -> int:
         store = VideoStore(cfg.store.path, int(cfg.store.max_gib * 2**30))
         stack.callback(store.close)
         check_shared(store.path)
-        if processes.is_first():
+        if processes.is_first() and not (plan.check or plan.dry_run):
             (plan.out / "refused.jsonl").unlink(missing_ok=True)  # every run finds them anew
         refused = stack.enter_context(RefusedLog(plan.out / "refused.jsonl"))
         work = Work(cfg, encoder, store, refused, files_of(cfg, policy))
         mine, entries = needed(work, read=plan.check or plan.repair)
         refused.settle()
-        _say(report(work, entries, plan))
+        known = refused_before(entries, refused.path) if plan.check else {}
+        _say(report(work, entries, plan, known))
         if plan.check:
-            return 1 if any(entry.problem for entry in entries) else 0
+            num_left = sum(bool(e.problem) and e.name not in known for e in entries)
+            if processes.gather(num_left)[0]:  # the first process has the list
+                return 1
+            return REFUSED_STATUS if any(entry.problem for entry in entries) else 0
         processes.first(lambda: check_room(store, entries))
         if plan.dry_run:
             return 0
@@ -209,8 +215,27 @@ def needed(work: Work, *, read: bool) -> tuple[dict[str, Media], list[Entry]]:
     return media, sorted(found.values(), key=lambda e: (order[e.file], e.record, e.place))
 
 
-def report(work: Work, entries: Sequence[Entry], plan: Plan) -> str:
-    """Returns what is needed, what of it is there, and, for --check, what is wrong by name."""
+def refused_before(entries: Sequence[Entry], path: Path) -> dict[str, str]:
+    """Returns why files were refused, by the name of their missing entry, from a refused.jsonl."""
+    missing: dict[str, list[str]] = {}
+    for entry in entries:
+        if entry.problem == MISSING:
+            missing.setdefault(entry.path, []).append(entry.name)
+    found: dict[str, str] = {}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for row in map(json.loads, lines):
+        words = row["message"].split(" ") if row["kind"] else []
+        for count in range(1, len(words)):  # the file's path comes first, and may have blanks
+            for name in missing.get(" ".join(words[:count]), ()):
+                found[name] = " ".join(words[count:])
+    return found
+
+
+def report(work: Work, entries: Sequence[Entry], plan: Plan, known: Mapping[str, str]) -> str:
+    """Returns what is needed, what of it is there, and, for --check, what is wrong by name.
+
+    known: of refused_before.
+    """
     broken = [e for e in entries if e.problem not in ("", MISSING)]
     there = [e for e in entries if not e.problem]
     store, max_gib = work.store.path, work.store.max_bytes / 2**30
@@ -225,12 +250,21 @@ def report(work: Work, entries: Sequence[Entry], plan: Plan) -> str:
     if plan.check:
         problems = [e for e in entries if e.problem]
         for e in problems[:SHOWN_PROBLEMS]:
-            lines.append(f"{e.path}: {e.problem} ({store / e.name}.emb)")
+            if e.name in known:
+                lines.append(f"{e.path}: refused before: {known[e.name]}")
+            else:
+                lines.append(f"{e.path}: {e.problem} ({store / e.name}.emb)")
         if len(problems) > SHOWN_PROBLEMS:
             lines.append(f"... and {len(problems) - SHOWN_PROBLEMS} more")
-        what = f"{len(problems)} of {len(entries)} entries are missing or damaged"
+        num_left = len(problems) - len(known)
+        what = f"{num_left} of {len(entries)} entries are missing or damaged"
         way_out = "python -m longrl_jax.data.embed CONFIG --repair encodes them"
-        lines.append(f"{what}: {way_out}" if problems else "every entry is there and whole")
+        whole = "every entry is there and whole"
+        if known:
+            whole += (
+                f", but {len(known)} that was refused before; a run without --check tries again"
+            )
+        lines.append(f"{what}: {way_out}" if num_left else whole)
     return "\n".join(lines)
 
 

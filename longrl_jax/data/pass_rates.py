@@ -71,6 +71,11 @@ def verdict(row: Row, bounds: Bounds) -> dict[str, Any]:
     }
 
 
+def unjudged(row: Row) -> bool:
+    """Whether a reward could not judge one of the answers."""
+    return any(parts is None or None in parts.values() for parts in row["rewards"])
+
+
 def split(
     films: Sequence[Sequence[str]], *, rl_share: float, by_film: bool, seed: int
 ) -> list[bool]:

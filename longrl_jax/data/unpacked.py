@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import os
-import tempfile
+import uuid
 from pathlib import Path
 
 from longrl_jax.data import video
@@ -30,9 +30,9 @@ def image_file(content: bytes, root: Path, where: str) -> str:
         raise ValueError(f"{root / FOLDER} leads out of data.root={root}; take the link away")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
+        temporary = f"{target}.{uuid.uuid4().hex}.tmp"
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(temporary, "xb") as file:  # with the umask's mode, as mkstemp has not
                 file.write(content)
             video.probe_image(Path(temporary))
             os.replace(temporary, target)

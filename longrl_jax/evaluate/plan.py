@@ -57,7 +57,8 @@ def begun(cfg: config.Config, plan: Plan) -> Found:
                 " or move that one away"
             )
         unjudged = any(count["unjudged"] for count in found["counts"].values())
-        if found["complete"] and found["judged_by"] == judged_by and not unjudged:
+        written = all((plan.out / ANSWERS / f"{mode}.jsonl").exists() for mode in found["modes"])
+        if found["complete"] and found["judged_by"] == judged_by and not unjudged and written:
             return found
     elif (plan.out / DRAWN).exists():
         raise ValueError(

@@ -90,16 +90,13 @@ def compared(after: Path, before: Path) -> str:
 def read_answers(folder: Path | str, mode: str) -> dict[str, list[Row]]:
     """Returns {question: its judged answers} of an evaluation, counted as its scores count them:
     all rotations of one question as one (benchmarks.joined)."""
-    found, path = scores.read_answers(folder, mode), Path(folder) / SCORES
+    path = Path(folder) / SCORES
     name = json.loads(path.read_text()).get("benchmark") if path.is_file() else ""
     if not name:
-        return found
-    from longrl_jax.benchmarks import (
-        BENCHMARKS,
-        joined,
-    )  # here: it brings rewards, which take seconds
+        return scores.read_answers(folder, mode)
+    from longrl_jax import benchmarks  # here: it brings rewards, which take seconds
 
-    return {rows[0]["id"]: rows for rows in joined(list(found.values()), BENCHMARKS[name])}
+    return benchmarks.read_answers(folder, mode, name)
 
 
 def parts_of(found: Found) -> list[str]:

@@ -1,9 +1,11 @@
 """Tables of scores: validation during training, and what python -m longrl_jax.evaluate found."""
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -231,11 +233,12 @@ def gains(runs: Sequence[folders.Run], names: Sequence[str], problems: list[str]
             parts = _parts(_modes(run.scores[after]))[:1]
             modes = [m for m in ("greedy", "sampled") if m in run.scores[after]["modes"]]
             folder = run.folder / "evaluate"
+            read = _reader(run.scores[after])
             by_mode = {}
             for mode, part in ((mode, part) for mode in modes for part in parts):
                 try:
                     by_mode[MODES[mode]] = scores.difference(
-                        folder / after, folder / before[0], mode=mode, part=part
+                        folder / after, folder / before[0], mode=mode, part=part, read=read
                     )
                 except (ValueError, KeyError, TypeError) as error:  # cut off, or other questions
                     problems.append(f"{folder / after} minus {before[0]}, {mode}: {error}")
@@ -428,6 +431,15 @@ def _mode_table(tree: folders.Row, part: str) -> Table:
         rows.append((kind if kind == "all" else f" {kind}", cells))
     headings = ["", *(MODES.get(mode, mode) for mode in modes), *baselines]
     return Table(title=part, headings=headings, rows=rows)
+
+
+def _reader(tree: folders.Row) -> Callable[[Path | str, str], dict[str, list[scores.Row]]] | None:
+    """Returns what reads the answers of an evaluation, as its scores count them."""
+    if not (name := tree.get("benchmark")):
+        return None
+    from longrl_jax import benchmarks  # here: it brings rewards, which take seconds
+
+    return functools.partial(benchmarks.read_answers, benchmark=name)
 
 
 def _gain_table(title: str, part: str, by_mode: dict[str, dict[str, scores.Score]]) -> Table:

@@ -1,11 +1,13 @@
 """Before the first frame is decoded: who encodes what, and whether it fits."""
 
+import dataclasses
 import shutil
 
 import numpy as np
 import pytest
 
-from longrl_jax.data import embed
+from longrl_jax.data import embed, video
+from longrl_jax.data.refused import RefusedLog
 from rollout_bridge import VideoStore
 
 GIB = 2**30
@@ -46,3 +48,23 @@ def test_a_store_that_grows_no_more_needs_room_for_one_entry(tmp_path, monkeypat
     store = VideoStore(tmp_path, 10 * GIB)
     monkeypatch.setattr(store, "num_bytes", lambda: 10 * GIB)  # of other configs
     embed.check_room(store, [entry(GIB, "it is missing")] * 8)  # each takes the place of another
+
+
+def test_a_check_tells_what_was_refused_before_from_what_is_missing(tmp_path):
+    film, other = (
+        dataclasses.replace(entry(GIB, "it is missing"), name=name, path=f"a b/{name}.mp4")
+        for name in ("half", "other")
+    )
+    with RefusedLog(tmp_path / "refused.jsonl") as refused:
+        refused.add("q", video.VideoError("a b/half.mp4 ends in the middle", "truncated"), step=0)
+        refused.add("r", ValueError("a b/other.mp4 is asked about in no words"), step=0)
+        known = embed.refused_before([film, other], refused.path)
+        assert known == {"half": "ends in the middle"}
+        work = embed.Work(None, None, VideoStore(tmp_path, 10 * GIB), refused, {})
+        check = embed.Plan(out=tmp_path, check=True)
+        said = embed.report(work, [film, other], check, known).splitlines()
+        assert "a b/half.mp4: refused before: ends in the middle" in said
+        assert said[-1].startswith("1 of 2 entries are missing or damaged")
+        said = embed.report(work, [film], check, known).splitlines()
+        assert said[-1].startswith("every entry is there and whole, but 1 that was refused before")
+    assert embed.refused_before([film], tmp_path / "none.jsonl") == {}

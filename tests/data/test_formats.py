@@ -446,6 +446,9 @@ def test_images_are_taken_out_by_their_content(tmp_path):
     assert files == sorted(tmp_path / unpacked_path(x) for x in (png, jpeg))
     assert (tmp_path / unpacked_path(png)).read_bytes() == png
     assert video.probe_image(tmp_path / unpacked_path(jpeg)) == (9, 9)
+    umask = os.umask(0o022)
+    os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
     times = [path.stat().st_mtime_ns for path in files]
     read("image_qa", tmp_path, file)
     assert [path.stat().st_mtime_ns for path in files] == times  # written once

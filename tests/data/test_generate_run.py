@@ -85,6 +85,21 @@ def test_a_second_run_asks_nothing(clean):
     assert generation.package(clean.folder) == clean.files
 
 
+def test_a_package_of_more_questions_stays_while_films_wait(clean, capsys):
+    path = clean.folder / "config.yaml"
+    made = max((clean.folder / "out" / "work" / "verify").glob("*.json"))
+    away = made.rename(clean.folder / "away.json")
+    try:
+        assert generate(path, stage="package") == 1
+        said = capsys.readouterr().out
+        assert said.startswith("package: 8 questions of 1 of 2 films; the 16 that lie in ")
+        assert len(said.splitlines()) == 1
+        assert generation.package(clean.folder) == clean.files
+    finally:
+        away.rename(made)
+    assert generate(path, stage="package") == 0
+
+
 def test_only_what_depends_on_a_change_is_asked_again(tmp_path):
     with ChatServer(generation.answer) as server:
         path = generation.make(tmp_path, server.base_url)
@@ -214,7 +229,7 @@ def test_give_up_takes_what_failed_as_rejected(tmp_path):
 
     with ChatServer(answer) as server:
         path = generation.make(tmp_path, server.base_url, films=1)
-        assert generate(path, "servers.all.max_tries=1", "--give-up") == 0
+        assert generate(path, "--give-up", "servers.all.max_tries=1") == 0
     rejects = [json.loads(x) for x in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert rejects[0] == {
         "stage": "caption",
@@ -251,6 +266,21 @@ def test_questions_that_fail_their_checks_are_kept_with_the_reason(tmp_path):
         ("goal", "verify: right without the story"),
         ("plot", "verify: no reply"),
     }
+
+
+@pytest.mark.parametrize(
+    "said", ['{"answer": "cannot know"}', '{"answer": null}', "I cannot see the film."]
+)
+def test_a_blind_try_that_names_no_option_is_not_right(said, tmp_path):
+    def answer(asked):
+        blind = generation.stage_of(asked) == "verify" and "cannot see" in asked.text
+        return said if blind else generation.answer(asked)
+
+    with ChatServer(answer) as server:
+        path = generation.make(tmp_path, server.base_url, films=1)
+        assert generate(path, "question.forms=[choice]", "servers.all.max_tries=1") == 0
+    assert len(generation.records(tmp_path)) == 4
+    assert not (tmp_path / "out" / "rejects.jsonl").read_text()
 
 
 def test_no_request_is_sent_that_could_pass_max_usd(tmp_path):
@@ -423,4 +453,4 @@ def test_the_estimate_is_no_less_than_what_it_takes(clean, capsys):
     assert sum(row["requests"] for row in rows) >= totals.replies
     assert sum(row["prompt_tokens"] for row in rows) >= totals.prompt_tokens
     assert sum(row["reply_tokens"] for row in rows) >= totals.completion_tokens
-    assert "at most" in shown and "caption" in shown
+    assert "every request once" in shown and "on top" in shown and "caption" in shown

@@ -187,6 +187,28 @@ def test_a_journal_survives_a_torn_line_and_names_a_damaged_one(tmp_path):
         difficulty.read_journal(path)
 
 
+def test_what_nobody_judged_and_what_was_refused_is_asked_again_where_wanted(tmp_path):
+    path = tmp_path / difficulty.ANSWERS
+    rows = [row(1, 0, name="a"), row(1, None, name="b"), row(None, None, name="c"), row(name="d")]
+    rows[3]["rewards"] = [{"total": 9.0, PART: None}]
+    difficulty.append(path, rows)
+    whole = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(whole) + b"{")  # torn
+    (tmp_path / difficulty.SAMPLED).write_text('{"refused": 2}')
+    difficulty.ask_again(tmp_path)
+    assert path.read_bytes() == whole[0]
+    assert not (tmp_path / difficulty.SAMPLED).exists()  # so the refused ones are read again
+    difficulty.ask_again(tmp_path)
+    assert path.read_bytes() == whole[0]
+    counts = pass_rates.counted([], 2)
+    summary = {"kinds": counts, "above": 0, "below": 1, "samples": 2, "refused": 2, "unjudged": 3}
+    summary |= {"answers_cut_off": 0, "split_by": "film", "sft": 0, "rl": 0}
+    summary |= {"sft_without_reasoning": 0}
+    said = "answers of 3 questions could not be judged, 2 records were refused; --again asks them"
+    assert said in difficulty.table(summary)
+    assert "--again" not in difficulty.table(summary | {"refused": 0, "unjudged": 0})
+
+
 def test_a_full_disk_under_the_journal_is_named_and_leaves_whole_lines(tmp_path):
     path = tmp_path / "answers.jsonl"
     difficulty.append(path, [row(1, 0, name="a")])

@@ -116,10 +116,11 @@ def test_what_is_encoded_beforehand_is_never_decoded_again(embedded, tmp_path, m
         said = capsys.readouterr().out
         assert f"it is missing ({store / first})" in said
         assert f"its checksum is wrong ({store / second})" in said
-        assert "videos/half.mp4: it is missing" in said
-        assert f"3 of {NUM_FILMS + 1} entries are missing or damaged" in said
+        assert "videos/half.mp4: refused before: " in said
+        assert f"2 of {NUM_FILMS + 1} entries are missing or damaged" in said
     embed.run(cfg, embed.Plan(out=plan.out, repair=True))
     assert entries_of(store) == whole
+    assert embed.run(cfg, dry) == 0 and embed.run(cfg, check) == embed.REFUSED_STATUS
     cfg = with_keys(cfg, tmp_path, "data.train=train.jsonl")
     assert embed.run(cfg, check) == 0
     assert "every entry is there and whole" in capsys.readouterr().out

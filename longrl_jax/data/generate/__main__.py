@@ -1,6 +1,6 @@
 """From a folder of videos to LongVideo-Reason, stage by stage.
 
-python -m longrl_jax.data.generate estimate CONFIG.yaml     # splits, and says what all may cost
+python -m longrl_jax.data.generate estimate CONFIG.yaml     # splits, says what all may cost
 python -m longrl_jax.data.generate all CONFIG.yaml          # every stage, in order
 python -m longrl_jax.data.generate caption CONFIG.yaml      # one stage, for the films ready for it
 python -m longrl_jax.data.generate oracle --port 8100       # answers by rules (synthetic films)
@@ -50,7 +50,7 @@ files in OUT
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a stage; a mistake of the user's is one line, not a trace."""
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     try:
         if args.stage == "oracle":
             _oracle(args.port)
@@ -105,11 +105,17 @@ def _package(cfg: GenerateConfig, films: Sequence[str]) -> bool:
         sys.stdout.write("package: no film is done; what lies there is left alone\n")
         return True
     rows, steps, rejects = package.rows_of(cfg, kept)
+    number, num_before = len(steps), package.num_questions(cfg)
+    if num_done < len(films) and number < num_before:
+        sys.stdout.write(
+            f"package: {number} questions of {num_done} of {len(films)} films; the {num_before} "
+            f"that lie in {Path(cfg.out) / 'package'} are left alone until all films are done\n"
+        )
+        return True
     run.write_rejects(cfg, films)
     path = Path(cfg.out) / "rejects.jsonl"
     rejects = [*_read_lines(path), *rejects]
     work.write_lines(path, rejects)
-    number = sum(len(records) for records in rows.values())
     about = {
         "films": f"{len(kept)} of {len(films)}; {len(films) - num_done} are not done yet",
         "questions": f"{number}, {len(rejects)} things left out (rejects.jsonl)",
@@ -190,6 +196,17 @@ def _plain(tree: object) -> dict:
     if isinstance(tree, dict):
         return {name: _plain(value) for name, value in tree.items()}
     return [_plain(value) for value in tree] if isinstance(tree, tuple) else tree  # type: ignore
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Takes overrides after options too, which argparse does not where there are subcommands."""
+    args, rest = _parser().parse_known_args(argv)
+    wrong = [word for word in rest if word.startswith("-") or "=" not in word]
+    if rest and (wrong or "overrides" not in args):
+        _parser().error(f"unrecognized arguments: {' '.join(wrong or rest)}")
+    if rest:
+        args.overrides += rest
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,4 +1,8 @@
-"""What requests can cost at most, before they are sent."""
+"""What requests can cost at most, before they are sent.
+
+Counted is what was replied. What a server bills for a reply that never came (a time-out, a cut
+connection) is not known here, and may take its bill over the budget.
+"""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What a generation costs at most, stage by stage, from the films alone; asks nobody."""
+"""What a generation costs if every request is asked once, from the films alone; asks nobody."""
 
 import math
 from collections.abc import Sequence
@@ -12,10 +12,12 @@ SHORT_TOKENS = 400
 
 
 def bill(cfg: GenerateConfig, films: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns a row a stage: requests, prompt_tokens, reply_tokens, usd, each at most, of all films
-    whose split is done; what the journals hold is not taken off.
+    """Returns a row a stage: requests, prompt_tokens, reply_tokens, usd, of all films whose split
+    is done; what the journals hold is not taken off.
 
-    Nothing is asked twice here: a reply that will not do is paid for again.
+    Stories and replies are as long as they may be, every request is asked once and a story is
+    condensed once. Tries after the first (up to max_tries) and more levels of `merge` (up to
+    merge.MOST_LEVELS) cost more than this.
     """
     rows: dict[str, dict[str, Any]] = {
         name: {"requests": 0, "prompt_tokens": 0, "reply_tokens": 0}
@@ -38,7 +40,7 @@ def bill(cfg: GenerateConfig, films: Sequence[str]) -> list[dict[str, Any]]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Returns the bill for people."""
     lines = [
-        f"{'at most':10} {'requests':>10} {'prompt tokens':>16} {'reply tokens':>14} {'USD':>12}"
+        f"{'stage':10} {'requests':>10} {'prompt tokens':>16} {'reply tokens':>14} {'USD':>12}"
     ]
     names = ("requests", "prompt_tokens", "reply_tokens", "usd")
     total = {"stage": "all"} | {name: sum(row[name] for row in rows) for name in names}
@@ -47,6 +49,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['stage']:10} {row['requests']:10,} {row['prompt_tokens']:16,} "
             f"{row['reply_tokens']:14,} {row['usd']:12.4f}"
         )
+    lines.append(
+        "every request once, with replies as long as they may be; tries after the first, and "
+        "stories that are condensed more than once, come on top (max_usd bounds those, too)"
+    )
     return "\n".join(lines)
 
 

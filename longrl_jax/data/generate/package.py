@@ -99,6 +99,12 @@ def write(cfg: GenerateConfig, rows: Rows, steps: Sequence[Item], card: str) -> 
     return [*written, folder / STEPS, folder / "README.md"]
 
 
+def num_questions(cfg: GenerateConfig) -> int:
+    """Returns how many questions the package that lies there holds."""
+    path = Path(cfg.out) / "package" / STEPS
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def _files(folder: Path, split: str, records: list[dict[str, Any]]) -> Iterator[tuple[Path, bytes]]:
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     yield folder / f"{split}.jsonl", lines.encode()

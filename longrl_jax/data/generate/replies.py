@@ -17,6 +17,8 @@ LEAK = re.compile(
 """Words that tell that nobody watched a film."""
 MOST_LEVELS = 20
 """Of a reply's JSON: what is left out is written down with the draft, which must be possible."""
+NO_JSON = "no JSON object in"
+"""Begins what is said of a reply without one."""
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s|\Z)")
 
 
@@ -28,7 +30,7 @@ def json_object(text: str) -> dict[str, Any]:
     said = THOUGHT.sub("", text).strip()
     start = said.find("{")
     if start < 0:
-        raise ValueError(f"no JSON object in {_shown(text)}")
+        raise ValueError(f"{NO_JSON} {_shown(text)}")
     try:
         tree, end = json.JSONDecoder().raw_decode(said[start:])
     except (ValueError, RecursionError) as error:

@@ -181,7 +181,9 @@ class GenerateConfig:
     """Folder that the work and the package (OUT/package) go to."""
     seed: int = 0
     max_usd: float = 0.0
-    """No request is sent that could take the cost over this; 0: only servers without prices."""
+    """No request is sent that could take the cost over this, of all that was replied, at the prices
+    of `servers`; 0: only servers without prices. A server that bills for requests whose reply never
+    came (a time-out, a cut connection) may bill more: nobody here sees those tokens."""
     texts: str = ""
     """Folder with files that take the place of those of the same name in longrl_jax/data/generate/
     texts: the words of every request."""

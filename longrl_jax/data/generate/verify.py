@@ -37,7 +37,7 @@ def steps(
     if not kept or not tries:
         return kept, rejects
     asked = [[_answer(x, "", cfg, seed=1 + k) for k in range(tries)] for x in kept]
-    blind = yield from _right(kept, asked, cfg)
+    blind = yield from _right(kept, asked, cfg, blind=True)
     items = []
     for item, (answers, right, failed) in zip(kept, blind, strict=True):
         item = item | {"blind": answers}
@@ -51,9 +51,16 @@ def steps(
 
 
 def _right(
-    items: Sequence[Item], requests: list[list[Request]], cfg: GenerateConfig
+    items: Sequence[Item],
+    requests: list[list[Request]],
+    cfg: GenerateConfig,
+    *,
+    blind: bool = False,
 ) -> Generator[Any, Any, list[tuple[list[str], list[bool], str]]]:
-    """Asks several answers to each question; returns (answers, which are right, why it failed)."""
+    """Asks several answers to each question; returns (answers, which are right, why it failed).
+
+    blind: one that names no option ("cannot know", null, prose) is an answer, and not right.
+    """
     got = iter((yield [request for group in requests for request in group]))
     found: list[tuple[list[str], list[bool], str]] = []
     unsure: list[tuple[int, int]] = []
@@ -61,13 +68,13 @@ def _right(
         answers, failed = [], ""
         for reply in [next(got) for _ in group]:
             try:
-                answers.append(_read(reply, item))
+                answers.append(_read(reply, item, blind=blind))
             except ValueError as error:
                 failed = str(error)
         right = [plain(answer) == plain(item["answer"]) for answer in answers]
         found.append((answers, right, failed))
         if not failed and not item["options"]:
-            unsure += [(index, k) for k, same in enumerate(right) if not same]
+            unsure += [(index, k) for k, same in enumerate(right) if answers[k] and not same]
     if unsure:
         judged = yield [_same(items[i], found[i][0][k], cfg) for i, k in unsure]
         for (i, k), reply in zip(unsure, judged, strict=True):
@@ -78,16 +85,21 @@ def _right(
     return found
 
 
-def _read(reply: Any, item: Item) -> str:
+def _read(reply: Any, item: Item, *, blind: bool) -> str:
     if isinstance(reply, Failure):
+        if blind and reply.reason.startswith(replies.NO_JSON):
+            return ""  # it said in prose that it cannot know
         raise ValueError(reply.reason)
-    answer = replies.text_of(replies.json_object(reply.text), "answer")
+    tree = replies.json_object(reply.text)
+    if blind and not tree.get("answer"):
+        return ""
+    answer = replies.text_of(tree, "answer")
     if not item["options"]:
         return answer
     match = ANSWER_LETTER.match(answer)
-    if not match:
+    if not match and not blind:
         raise ValueError(f"{answer!r:.80} is no letter")
-    return match[1]
+    return match[1] if match else answer
 
 
 def _verdict(reply: Any) -> bool:
