@@ -16,7 +16,7 @@ from typing import Any
 
 from longrl_jax import platform
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when the same inputs would give other items."""
 Item = dict[str, Any]
 """Of what a stage makes: a clip, a caption, a story, a question; plain JSON."""
