@@ -53,7 +53,6 @@ def ablation(tmp_path, monkeypatch):
 def write_scores(folder: Path, right: str) -> None:
     folder.mkdir(parents=True)
     found: dict = {"complete": True, "modes": {}}
-    rows = []
     for mode in ("greedy", "sampled", "no_video", "other_video"):
         asked = [
             {
@@ -68,8 +67,9 @@ def write_scores(folder: Path, right: str) -> None:
             for i, (film, x) in enumerate(zip(FILMS, right, strict=True))
         ]
         found["modes"][mode] = scores.summary([[row] for row in asked])
-        rows += asked
-    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "answers").mkdir(exist_ok=True)
+        lines = "".join(json.dumps(row) + "\n" for row in asked)
+        (folder / "answers" / f"{mode}.jsonl").write_text(lines)
     (folder / "scores.json").write_text(json.dumps(found))
 
 

@@ -19,7 +19,7 @@ def test_a_mistake_is_one_line_and_its_folder_stays_free(configured, tmp_path):
     done = train(cfg, tmp_path, "rewards={vide_qa: 1.0}")
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()
-    assert "rewards='vide_qa' is unknown; choose one of math_answer, overlong," in last[-2]
+    assert "rewards='vide_qa' is unknown; choose one of free_text, judge, math_answer," in last[-2]
     assert "Traceback" not in done.stderr
     assert "Traceback" in (tmp_path / "run" / "error.txt").read_text()
     # the same command, corrected in this and wrong in another place: the folder is not locked

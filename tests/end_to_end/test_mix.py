@@ -4,7 +4,6 @@ films, sums and open questions, each judged in its own way."""
 import collections
 import io
 import json
-import shutil
 import zlib
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from pyarrow import parquet
 
 from longrl_jax import config, train
 from longrl_jax.data import image, mixing, scenes
-from longrl_jax.stages import grpo, sampling
+from longrl_jax.stages import grpo
 
 ROOT = Path(__file__).parents[2]
 NUM_STEPS, GROUPS = 4, 8
@@ -61,7 +60,7 @@ def load(sets, folder, *overrides, name="tiny_cpu_sft.yaml"):
         "data.num_frames=4",
         f"store.path={folder}_store",
         f"run.dir={folder}",
-        "mesh={data: 2, simulated: true}",
+        "mesh={data: 8, simulated: true}",
         f"batch={{groups: {GROUPS}, max_row_tokens: 512, smallest_bucket: 64}}",
         "optimizer={learning_rate: 1e-3}",
         f"run.num_steps={NUM_STEPS}",
@@ -146,7 +145,7 @@ NUM_SAMPLES = 4
 def verdict(asked):
     """Of some answers the judge cannot say."""
     number = zlib.crc32(json.loads(asked.body["messages"][1]["content"])["answer"].encode())
-    if number % 5 == 0:
+    if number % 3 == 0:
         return "perhaps"
     return json.dumps({"verdict": "correct" if number % 2 else "incorrect"})
 
@@ -183,47 +182,32 @@ def check_step(row, answers):
 
 
 @pytest.mark.slow
-def test_grpo_on_a_mix_judges_each_source_in_its_own_way_and_goes_on(sets, tmp_path, monkeypatch):
-    """What is journaled is neither sampled nor judged again, and the numbers are the same."""
+def test_grpo_on_a_mix_judges_each_source_in_its_own_way(sets, tmp_path, monkeypatch):
     (tmp_path / "mix_rewards.py").write_text(OWN_REWARD)
     monkeypatch.syspath_prepend(tmp_path)
     record = {"question": "what is seen in the film ?", "answer": "a red pad"}
     open_lines = [json.dumps(record | {"id": f"open{i}"}) for i in range(3)]
     (sets / "data/open.jsonl").write_text("\n".join(open_lines))
     with ChatServer(verdict) as server:
-        whole, resumed = (
-            load(
-                sets,
-                tmp_path / name,
-                f"model.path={ROOT / 'configs/models/tiny_vila_start'}",
-                "mesh={data: 8, simulated: true}",
-                "data.validation=validation.jsonl",
-                f"data.mix=[{', '.join(JUDGED)}]",
-                f"judge={{base_url: '{server.base_url}', model: m, max_tries: 1}}",
-                f"store.path={tmp_path / 'store'}",
-                "batch={groups: 6, max_row_tokens: 512, smallest_bucket: 128}",
-                f"rollout.num_samples={NUM_SAMPLES}",
-                "optimizer={learning_rate: 1e-3}",
-                "run={dir: %s, num_steps: 3, checkpoint_every: 1, keep: 3, export: false, "
-                "eval_examples: 2, eval_every: 0}" % (tmp_path / name),
-                name="tiny_cpu_grpo.yaml",
-            )
-            for name in ("whole", "resumed")
+        cfg = load(
+            sets,
+            tmp_path / "run",
+            f"model.path={ROOT / 'configs/models/tiny_vila_start'}",
+            "data.validation=validation.jsonl",
+            f"data.mix=[{', '.join(JUDGED)}]",
+            f"judge={{base_url: '{server.base_url}', model: m, max_tries: 1}}",
+            "batch={groups: 6, max_row_tokens: 512, smallest_bucket: 128}",
+            f"rollout.num_samples={NUM_SAMPLES}",
+            "run={dir: %s, num_steps: 3, export: false, eval_examples: 2, eval_every: 0}"
+            % (tmp_path / "run"),
+            name="tiny_cpu_grpo.yaml",
         )
-        folder = Path(whole.run.dir)
+        folder = Path(cfg.run.dir)
         folder.mkdir()
-        (folder / "resolved.yaml").write_text(config.to_yaml(whole))
-        train.check_names(whole)
-        grpo.run(whole)
-        num_paid = server.num_paid
-        shutil.copytree(folder, resumed.run.dir)  # as a kill after the last step's journal left it
-        for name in ("checkpoints/step_00000002", "checkpoints/step_00000003"):
-            shutil.rmtree(Path(resumed.run.dir) / name)
-        (Path(resumed.run.dir) / "finished.json").unlink()
-        (Path(resumed.run.dir) / "resolved.yaml").write_text(config.to_yaml(resumed))
-        monkeypatch.setattr(sampling, "roll_out", None)
-        grpo.run(resumed)
-        assert server.num_paid == num_paid > 0
+        (folder / "resolved.yaml").write_text(config.to_yaml(cfg))
+        train.check_names(cfg)
+        grpo.run(cfg)
+        assert server.num_paid
     rows, answers = lines(folder, "metrics.jsonl"), lines(folder, "rollouts.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
     num_invalid = sum(
@@ -234,10 +218,3 @@ def test_grpo_on_a_mix_judges_each_source_in_its_own_way_and_goes_on(sets, tmp_p
         assert any(a["advantage"] for a in answers if a["source"] == source), source
     scores = json.loads((folder / "evaluation.json").read_text())
     assert {name.split("/")[0] for name in scores} == {"step", "questions", "total", "video_qa"}
-    again = lines(resumed.run.dir, "metrics.jsonl")
-    rows, again = (
-        [{k: v for k, v in row.items() if not k.startswith(OF_THE_PROCESS)} for row in one]
-        for one in (rows, again)
-    )
-    assert again == rows
-    assert lines(resumed.run.dir, "rollouts.jsonl") == answers
