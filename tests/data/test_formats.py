@@ -502,7 +502,7 @@ def test_a_disk_that_takes_no_more_ends_the_run_in_words(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(unpacked.tempfile, "mkstemp", full)
+    monkeypatch.setattr(unpacked, "open", full, raising=False)
     with pytest.raises(OSError, match="No space left on device.*pictures are taken out to data"):
         SOURCES["image_qa"](tmp_path, file)[0]
 
