@@ -69,8 +69,8 @@ def _generate(args: argparse.Namespace) -> int:
     path = args.config / "config.yaml" if args.config.is_dir() else args.config
     cfg = settings.load(path, args.overrides)
     texts.check(cfg.texts)
-    package.root_of(cfg)
     films = split.find_films(Path(cfg.videos))
+    package.root_of(cfg)
     out = Path(cfg.out)
     with _alone(out):
         work.write_text(out / "config.yaml", strict_yaml.dump(_plain(dataclasses.asdict(cfg))))
