@@ -101,6 +101,7 @@ def test_a_package_of_more_questions_stays_while_films_wait(clean, capsys):
     assert generate(path, stage="package") == 0
 
 
+@pytest.mark.slow
 def test_only_what_depends_on_a_change_is_asked_again(tmp_path):
     with ChatServer(generation.answer) as server:
         path = generation.make(tmp_path, server.base_url)
@@ -132,6 +133,7 @@ USELESS = ("truncated body", "truncated JSON")
 """Those that are asked again with another seed."""
 
 
+@pytest.mark.slow
 def test_faults_of_the_server_change_nothing(clean, tmp_path):
     """Every request of every stage first meets a fault, each in turn."""
     met = {stage: collections.Counter() for stage in generation.STAGES}
@@ -330,6 +332,7 @@ def test_a_server_that_says_no_tokens_is_taken_to_have_used_the_most(tmp_path):
             assert server.num_asked == 10 and chat.spent(journal).usd == pytest.approx(0.1)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_it_in_words_and_the_next_run_goes_on(clean, tmp_path):
     with ChatServer(generation.answer) as server:
         path = generation.make(tmp_path, server.base_url)
