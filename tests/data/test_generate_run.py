@@ -101,7 +101,6 @@ def test_a_package_of_more_questions_stays_while_films_wait(clean, capsys):
     assert generate(path, stage="package") == 0
 
 
-@pytest.mark.slow
 def test_only_what_depends_on_a_change_is_asked_again(tmp_path):
     with ChatServer(generation.answer) as server:
         path = generation.make(tmp_path, server.base_url)
@@ -113,7 +112,7 @@ def test_only_what_depends_on_a_change_is_asked_again(tmp_path):
         again = [generation.stage_of(x) for x in server.asked[before:]]
         # in two forms, for both films at once; the answers are the same: nothing follows
         assert again == ["question"] * 2
-        clips.make(tmp_path / "films" / "new.mp4", num_frames=100, fps=2, size=(48, 64))
+        generation.film(tmp_path / "films" / "new.mp4", size=(48, 64))
         before = server.num_asked
         assert generate(path, f"texts={tmp_path / 'mine'}") == 0
         again = collections.Counter(generation.stage_of(x) for x in server.asked[before:])
@@ -133,7 +132,6 @@ USELESS = ("truncated body", "truncated JSON")
 """Those that are asked again with another seed."""
 
 
-@pytest.mark.slow
 def test_faults_of_the_server_change_nothing(clean, tmp_path):
     """Every request of every stage first meets a fault, each in turn."""
     met = {stage: collections.Counter() for stage in generation.STAGES}
@@ -332,7 +330,6 @@ def test_a_server_that_says_no_tokens_is_taken_to_have_used_the_most(tmp_path):
             assert server.num_asked == 10 and chat.spent(journal).usd == pytest.approx(0.1)
 
 
-@pytest.mark.slow
 def test_a_full_disk_stops_it_in_words_and_the_next_run_goes_on(clean, tmp_path):
     with ChatServer(generation.answer) as server:
         path = generation.make(tmp_path, server.base_url)
